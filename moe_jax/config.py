@@ -1,0 +1,282 @@
+"""Every option of a run, as nested frozen dataclasses validated where they are built.
+
+Values that follow from others (parameter counts, steps from tokens, tiles from shapes) are never options.
+`moe_jax.overrides` reads and writes these classes; `tests/test_config.py` freezes the list of fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe_jax.errors import UserError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding with llama3-type scaling by selection (low and high frequency factors equal)."""
+
+    theta: float = 500_000.0
+    factor: float = 16.0  # pairs with a wavelength above the original context turn this much slower
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Routed fine-grained experts plus an optional shared one (paper section 3; facts in the model card)."""
+
+    num_experts: int = 60
+    num_experts_per_tok: int = 4
+    expert_width: int = 384
+    shared_expert_width: int = 1536  # 0 switches the shared expert off
+    score_func: str = "sigmoid"  # or softmax
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    use_expert_bias: bool = True  # loss-free balancing: the bias takes part in the selection only
+    bias_update_rate: float = 1e-3
+    router_z_loss: float = 1e-4
+    aux_loss: float = 0.0  # Switch-style balance loss
+    dispatch: str = "dropless"  # or drop_and_pad
+    capacity_factor: float = 1.5  # rows per expert over the mean, drop_and_pad only
+
+    def __post_init__(self) -> None:
+        _one_of("moe.score_func", self.score_func, ("sigmoid", "softmax"))
+        _one_of("moe.dispatch", self.dispatch, ("dropless", "drop_and_pad"))
+        _require(
+            1 <= self.num_experts_per_tok <= self.num_experts,
+            f"moe.num_experts_per_tok is {self.num_experts_per_tok}; it must lie between 1 and "
+            f"moe.num_experts ({self.num_experts})",
+        )
+        _require(self.expert_width > 0, "moe.expert_width must be positive")
+        _require(
+            self.shared_expert_width >= 0, "moe.shared_expert_width must be 0 (off) or positive"
+        )
+        _require(self.capacity_factor > 0, "moe.capacity_factor must be positive")
+
+    @staticmethod
+    def fine_grained(
+        ffn_width: int, coarse_experts: int = 8, granularity: int = 8, shared: bool = True, **kwargs
+    ) -> MoEConfig:
+        """Cut `coarse_experts` full-width experts into `granularity` slices each, one coarse expert active.
+
+        With `shared`, half of the active slices become one always-on expert of their joint width, and as
+        many slices leave the routed pool (8 x 8 = 64, top-8 becomes 60 + 1 shared, top-4).
+        """
+        if ffn_width % granularity:
+            raise UserError(
+                f"ffn_width {ffn_width} is not a multiple of granularity {granularity}; "
+                f"use {ffn_width // granularity * granularity}"
+            )
+        width, swapped = ffn_width // granularity, granularity // 2 if shared else 0
+        return MoEConfig(
+            num_experts=coarse_experts * granularity - swapped,
+            num_experts_per_tok=granularity - swapped,
+            expert_width=width,
+            shared_expert_width=swapped * width,
+            **kwargs,
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer; `moe=None` gives the dense feed-forward of `ffn_width`."""
+
+    num_layers: int = 20
+    d_model: int = 768
+    num_heads: int = 12
+    num_kv_heads: int = 4
+    head_dim: int = 64
+    vocab_size: int = 128_256
+    max_position_embeddings: int = 8192
+    ffn_width: int = 3072  # width of the dense feed-forward; unused when `moe` is set
+    activation: str = "silu"  # or gelu_tanh
+    qk_norm: bool = True  # weightless, per head
+    norm_eps: float = 1e-5
+    init_scale: float = 0.02  # standard deviation of the truncated normal of every matrix
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    moe: MoEConfig | None = field(default_factory=MoEConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("model.activation", self.activation, ("silu", "gelu_tanh"))
+        for name in (
+            "num_layers",
+            "d_model",
+            "num_heads",
+            "num_kv_heads",
+            "vocab_size",
+            "ffn_width",
+        ):
+            _require(getattr(self, name) > 0, f"model.{name} must be positive")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}; "
+            f"use {-(-self.num_heads // self.num_kv_heads) * self.num_kv_heads}",
+        )
+        _require(
+            self.head_dim % 2 == 0, f"model.head_dim {self.head_dim} is odd; RoPE rotates pairs"
+        )
+
+    @property
+    def output_init_scale(self) -> float:
+        """Deviation of the matrices that write to the residual: smaller, as 2 * num_layers of them add up."""
+        return self.init_scale / (2 * self.num_layers) ** 0.5
+
+    @property
+    def input_widths(self) -> dict[str, int]:
+        """Every reduction width of a quantised product, by the option that sets it."""
+        widths = {"d_model": self.d_model, "num_heads * head_dim": self.num_heads * self.head_dim}
+        if self.moe is None:
+            return widths | {"ffn_width": self.ffn_width}
+        widths["moe.expert_width"] = self.moe.expert_width
+        if self.moe.shared_expert_width:
+            widths["moe.shared_expert_width"] = self.moe.shared_expert_width
+        return widths
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Quantisation-aware training: symmetric INT4 weights in groups, dynamic INT8 activations per token."""
+
+    weight_group_size: int = 32
+    quantize_activations: bool = True
+
+    def __post_init__(self) -> None:
+        _require(
+            self.weight_group_size > 0 and self.weight_group_size % 32 == 0,
+            f"quant.weight_group_size is {self.weight_group_size}; LiteRT wants a multiple of 32",
+        )
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of documents: `path` is a file, a glob, or a part of the embedded corpus.
+
+    The parts are `stdlib:text`, `stdlib:chat` and their held-out twins `stdlib:heldout`, `stdlib:chat_heldout`.
+    """
+
+    path: str = "stdlib:text"
+    weight: float = 1.0  # share in the mixture, by rows
+    kind: str = "text"  # or chat: conversations, loss on the assistant's tokens only
+
+    def __post_init__(self) -> None:
+        _one_of("source.kind", self.kind, ("text", "chat"))
+        _require(self.weight > 0, f"source.weight of {self.path!r} must be positive")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where documents come from and how they become batches."""
+
+    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    heldout: tuple[SourceConfig, ...] = (SourceConfig("stdlib:heldout"),)
+    tokenizer: str = "runs/tokenizer.json"
+    seq_len: int = 2048
+    global_batch_size: int = 256  # sequences per optimizer step, over all devices and accumulation
+    seed: int = 0
+    max_bytes: int = 0  # stop a source after the document that reaches this size; 0 reads all
+    cache_dir: str = "runs/token_cache"  # tokenised sources are kept here; "" keeps none
+
+    def __post_init__(self) -> None:
+        _require(len(self.sources) > 0, "data.sources is empty; name at least one source")
+        _require(self.seq_len > 1, f"data.seq_len is {self.seq_len}; it must be at least 2")
+        _require(self.global_batch_size > 0, "data.global_batch_size must be positive")
+        _require(0 <= self.seed < 2**32, f"data.seed is {self.seed}; it must lie in 0..2**32-1")
+        _require(self.max_bytes >= 0, "data.max_bytes must be 0 (all) or positive")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with global-norm clipping and one learning-rate schedule."""
+
+    learning_rate: float = 4e-4
+    schedule: str = "cosine"  # cosine, linear or constant, after a linear warm-up
+    warmup_steps: int = 0
+    final_fraction: float = 0.1  # of the peak, where the schedule ends
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices only: norms are exempt
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
+        _require(self.learning_rate > 0, "optimizer.learning_rate must be positive")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; their product is the number of devices, -1 on one axis takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep."""
+
+    every_steps: int = 1000
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps > 0, "checkpoint.every_steps must be positive")
+        _require(self.keep > 0, "checkpoint.keep must be positive")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One stage of training: the unit that a folder, a command and a checkpoint belong to."""
+
+    stage: str = "pretrain"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig | None = None  # set for the QAT stage
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    steps: int = 1000
+    gradient_accumulation: int = 1  # microbatches per optimizer step
+    compute_dtype: str = "bfloat16"  # or float32; parameters, router, norms and loss stay float32
+    loss_chunk: int = 1024  # tokens whose logits exist at one time, per device
+    remat: bool = True  # recompute each layer in the backward pass
+    seed: int = 0
+    init_from: str = ""  # run folder whose last checkpoint gives the first parameters
+    log_every: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
+        _require(self.steps > 0, "steps must be positive")
+        _require(
+            self.gradient_accumulation > 0
+            and self.data.global_batch_size % self.gradient_accumulation == 0,
+            f"data.global_batch_size {self.data.global_batch_size} is not a multiple of "
+            f"gradient_accumulation {self.gradient_accumulation}",
+        )
+        _require(
+            self.data.seq_len <= self.model.max_position_embeddings,
+            f"data.seq_len {self.data.seq_len} exceeds model.max_position_embeddings "
+            f"{self.model.max_position_embeddings}",
+        )
+        if self.quant is not None:
+            group = self.quant.weight_group_size
+            for name, width in self.model.input_widths.items():
+                _require(
+                    width % group == 0,
+                    f"{name} {width} is not a multiple of the quantisation group {group}; "
+                    f"use {-(-width // group) * group}",
+                )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, padding included."""
+        return self.data.global_batch_size * self.data.seq_len

@@ -1,0 +1,132 @@
+"""Parameters and the simple layers: how a weight is declared, normalised, multiplied and quantised.
+
+`parameter` is the only way a weight comes into being; the metadata it attaches (logical axes, the axis that
+INT4 groups run along) is read by sharding, QAT coverage, parameter counts and export.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from moe_jax.config import ModelConfig, QuantConfig
+from moe_jax.ops.fake_quant import fake_quant, fake_quant_rows
+from moe_jax.parallel.rules import constrain
+
+
+class ExpertBias(nnx.Variable):
+    """The router's selection bias: checkpointed, moved by balancing, never seen by the optimizer."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How and where products are computed: device mesh, type, and the quantisation to emulate (None: float)."""
+
+    mesh: Mesh
+    dtype: jnp.dtype = jnp.float32
+    quant: QuantConfig | None = None
+
+    def weight(self, param: nnx.Variable) -> jax.Array:
+        """A master weight as a product sees it: fake-quantised along its input, cast, gathered over fsdp.
+
+        Gathering here, explicitly, keeps the compiler from cutting the product along d_model instead.
+        Routed experts stay cut: the dispatcher gathers them, or does not have to.
+        """
+        w = param[...]
+        if self.quant is not None:
+            w = fake_quant(w, param.quant_axis, self.quant.weight_group_size)
+        axes = param.axes[-w.ndim :]  # inside the layer scan the leading "layers" is gone
+        return constrain(w.astype(self.dtype), self.mesh, axes, gathered="expert" not in axes)
+
+    def activation(self, x: jax.Array) -> jax.Array:
+        """The input of a quantised product: rounded to INT8 per row when emulating, and cast."""
+        if self.quant is not None and self.quant.quantize_activations:
+            x = fake_quant_rows(x)
+        return x.astype(self.dtype)
+
+    def hidden(self, x_BSD: jax.Array) -> jax.Array:
+        """The residual stream, held where its tokens are."""
+        return constrain(x_BSD, self.mesh, ("batch", "sequence", "activation"))
+
+
+def parameter(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    *,
+    scale: float,
+    quant_axis: int | None = None,
+) -> nnx.Param:
+    """A float32 weight, truncated normal of deviation `scale`; `axes` names each dimension for sharding.
+
+    `quant_axis` (negative) is the input dimension, along which INT4 groups run; None keeps it in float.
+    """
+    assert len(shape) == len(axes), f"{shape} has {len(shape)} dimensions, {axes} names {len(axes)}"
+    value = scale * jax.random.truncated_normal(rngs.params(), -3, 3, shape, jnp.float32)
+    return nnx.Param(value, axes=axes, quant_axis=quant_axis)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, in float32, no mean and no offset; L layers share one stacked `scale`."""
+
+    def __init__(self, width: int, eps: float, stack: tuple[int, ...] = ()):
+        axes = ("layers",) * len(stack) + ("norm",)
+        self.scale = nnx.Param(jnp.ones((*stack, width)), axes=axes, quant_axis=None)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (rms_normalize(x, self.eps) * self.scale[...]).astype(x.dtype)
+
+
+def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
+    """x over its root mean square along the last axis, float32, no weight."""
+    exact = x.astype(jnp.float32)
+    return exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + eps)
+
+
+class Linear(nnx.Module):
+    """x @ kernel without bias; `kernel` is [L, in, out], stacked over layers."""
+
+    def __init__(
+        self, rngs, layers: int, shape: tuple[int, int], axes: tuple[str, str], scale: float
+    ):
+        self.kernel = parameter(
+            rngs, (layers, *shape), ("layers", *axes), scale=scale, quant_axis=-2
+        )
+
+    def __call__(self, x: jax.Array, compute: Compute) -> jax.Array:
+        return compute.activation(x) @ compute.weight(self.kernel)
+
+
+class GatedFFN(nnx.Module):
+    """act(x @ gate) * (x @ up) @ down, gate and up as one product: `gate_up` [L, D, 2, F], `down` [L, F, D].
+
+    The pair is an axis of its own so that F can be sharded without separating a gate from its up.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, width: int):
+        layers, model = cfg.num_layers, cfg.d_model
+        self.gate_up = parameter(
+            rngs, (layers, model, 2, width), ("layers", "embed", "pair", "mlp"),
+            scale=cfg.init_scale, quant_axis=-3,
+        )  # fmt: skip
+        self.down = parameter(
+            rngs, (layers, width, model), ("layers", "mlp", "embed"),
+            scale=cfg.output_init_scale, quant_axis=-2,
+        )  # fmt: skip
+        self.activation = cfg.activation
+
+    def __call__(self, x: jax.Array, compute: Compute) -> jax.Array:
+        gate_up = compute.weight(self.gate_up)
+        pair = jnp.einsum("...d,dcf->...cf", compute.activation(x), gate_up)
+        hidden = activate(self.activation, pair[..., 0, :]) * pair[..., 1, :]
+        return compute.activation(hidden) @ compute.weight(self.down)
+
+
+def activate(name: str, x: jax.Array) -> jax.Array:
+    """silu or gelu_tanh."""
+    return jax.nn.silu(x) if name == "silu" else jax.nn.gelu(x, approximate=True)

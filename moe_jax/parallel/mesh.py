@@ -1,0 +1,49 @@
+"""The device mesh of a run: named axes, every size 1 or more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from moe_jax.config import MeshConfig
+from moe_jax.errors import UserError
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all of them); one axis of -1 takes what the others leave."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = asdict(cfg)
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
+        raise UserError(
+            f"mesh {wanted} is not usable; give sizes of 1 or more, at most one of them -1"
+        )
+    if free:
+        sizes[free[0]] = max(1, len(devices) // fixed)
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        raise UserError(
+            f"mesh {wanted} does not fit {len(devices)} device(s); "
+            f"the sizes must multiply to {len(devices)}, or leave one of them -1"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices,
+    )
+
+
+def single_device_mesh() -> Mesh:
+    """A mesh of one device, for generation, evaluation and tests."""
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def platform(mesh: Mesh) -> str:
+    """The platform of the mesh's devices, which ahead-of-time compilation need not share with the process."""
+    return mesh.devices.flat[0].platform
