@@ -1,0 +1,68 @@
+"""What the command line does with data: train a tokenizer, and show a packed row to a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from moe_jax.config import DataConfig, SourceConfig
+from moe_jax.data.pipeline import make_train_iterator
+from moe_jax.data.sources import document_text, iter_documents
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
+
+_TRAINED, _SEEN, _OFF = "\033[32m", "\033[2m", "\033[0m"
+
+
+def build_tokenizer(
+    sources: Sequence[SourceConfig],
+    vocab_size: int,
+    output: str | Path,
+    max_bytes: int = 0,
+    overwrite: bool = False,
+) -> Tokenizer:
+    """Train a tokenizer on the sources (at most about `max_bytes` of each) and save it to `output`.
+
+    Raises UserError where `output` exists: checkpoints may depend on it.
+    """
+    if Path(output).exists() and not overwrite:
+        raise UserError(
+            f"{output} exists, and checkpoints may depend on it; name another file or overwrite it"
+        )
+    texts = (document_text(d) for source in sources for d in iter_documents(source, max_bytes))
+    tokenizer = Tokenizer.train(texts, vocab_size)
+    tokenizer.save(output)
+    return tokenizer
+
+
+def inspect_batch(
+    config: DataConfig, tokenizer: Tokenizer, batch: int = 0, row: int = 0, color: bool = True
+) -> str:
+    """One packed row as text: each segment with its extent, and what the loss counts in green (or in «marks»)."""
+    batches = make_train_iterator(config, tokenizer)
+    arrays = {name: values[row] for name, values in next(islice(batches, batch, None)).items()}
+    segments, counted = arrays["segment_ids"], arrays["loss_mask"] > 0
+    lines = [
+        f"batch {batch} row {row}: {len(segments)} places, {segments.max()} segments, "
+        f"{int(counted.sum())} targets in the loss, {int((segments == 0).sum())} padding"
+    ]
+    for segment in range(1, segments.max() + 1):
+        at = np.flatnonzero(segments == segment)
+        # A token is trained on where the place before it says so.
+        trained = np.concatenate([[False], counted[at[:-1]]])
+        lines.append(
+            f"-- segment {segment}: places {at[0]}..{at[-1]}, positions 0..{arrays['positions'][at[-1]]}"
+        )
+        runs = np.split(np.arange(len(at)), np.flatnonzero(np.diff(trained)) + 1)
+        text = ""
+        for run in runs:
+            words = tokenizer.decode(arrays["tokens"][at[run]])
+            if color:
+                text += (_TRAINED if trained[run[0]] else _SEEN) + words + _OFF
+            else:
+                text += f"«{words}»" if trained[run[0]] else words
+        lines.append(text)
+    return "\n".join(lines)

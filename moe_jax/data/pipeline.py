@@ -1,0 +1,171 @@
+"""The stream of batches: a weighted mixture of sources, shuffled each epoch, resumable at any batch.
+
+Sources are packed first and mixed by rows, so a weight is a share of tokens whatever the documents' lengths. Grain
+shuffles, repeats, mixes and batches by index; process p of P gets the p-th part of each global batch, so the global
+batches do not depend on P, and a run may resume on another number of processes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import lzma
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from moe_jax.config import DataConfig
+from moe_jax.data.packing import Batch, PackedRows, empty_row, stack
+from moe_jax.data.sources import Document, iter_documents
+from moe_jax.data.tokenized import document_ids, tokenize_source
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
+
+
+class TrainIterator:
+    """Endless batches of int32 and float32 arrays [B / processes, S]; see `make_train_iterator`.
+
+    `stats` says what one epoch holds: rows, tokens, padding, and conversations truncated or dropped, per source.
+    """
+
+    def __init__(self, dataset: grain.IterDataset, stats: list[dict], fingerprint: str) -> None:
+        self.stats = stats
+        self._iterator, self._fingerprint = iter(dataset), fingerprint
+
+    def __iter__(self) -> TrainIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict:
+        """JSON-able position after the last batch taken, with a fingerprint of the data."""
+        return {"position": self._iterator.get_state(), "fingerprint": self._fingerprint}
+
+    def set_state(self, state: dict) -> None:
+        """Go to a position; UserError where it was taken on other data, mixture, batch or sequence length."""
+        if state.get("fingerprint") != self._fingerprint:
+            raise UserError(
+                "the data changed since the checkpoint (files, sources, tokenizer, seq_len, batch size or seed); "
+                "restore it, or start a new run with init_from"
+            )
+        self._iterator.set_state(state["position"])
+
+
+def make_train_iterator(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 1,
+) -> TrainIterator:
+    """The training stream of a stage; raises UserError for unusable sources and for less than one batch of rows.
+
+    `threads` read ahead; their number does not change what comes out.
+    """
+    B, S = config.global_batch_size, config.seq_len
+    if B % process_count:
+        raise UserError(
+            f"data.global_batch_size {B} is not a multiple of the {process_count} processes; "
+            f"use {-(-B // process_count) * process_count}"
+        )
+    sources, stats, digest = [], [], hashlib.sha256(repr((B, S, config.seed)).encode())
+    for index, source in enumerate(config.sources):
+        tokenized = tokenize_source(source, tokenizer, config.max_bytes, config.cache_dir)
+        # Grain adds the epoch to its seed, so sources need seeds that are far apart.
+        key = hashlib.sha256(f"{config.seed}/{index}".encode()).digest()
+        seed = int.from_bytes(key[:4], "big")
+        rows = PackedRows(tokenized, S, tokenizer.bos, tokenizer.pad, seed)
+        digest.update(f"{tokenized.fingerprint}/{source.weight}".encode())
+        tokens = len(tokenized.tokens)
+        stats.append(
+            {
+                "path": source.path,
+                "documents": len(tokenized),
+                "bytes": tokenized.num_bytes,
+                "tokens": tokens,
+                "rows": len(rows),
+                "truncated": rows.layout.truncated,
+                "dropped": rows.layout.dropped,
+            }
+        )
+        sources.append(grain.MapDataset.source(rows).shuffle(seed).repeat())
+    total = sum(item["rows"] for item in stats)
+    if total < B:
+        tokens = sum(item["tokens"] for item in stats)
+        raise UserError(
+            f"the sources hold {tokens} tokens, {total} rows of {S}, less than one batch of {B}; "
+            f"add text or set data.global_batch_size to {total} or less"
+        )
+    mixed = grain.MapDataset.mix(sources, [source.weight for source in config.sources])
+    mixed = mixed[
+        : 1 << 48
+    ]  # grain 0.2.18 cannot batch an endless dataset by one: its length overflows
+    local = mixed.batch(B // process_count, batch_fn=stack)[process_index::process_count]
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    return TrainIterator(local.to_iter_dataset(options), stats, digest.hexdigest())
+
+
+def heldout_batches(
+    config: DataConfig, tokenizer: Tokenizer, batch_size: int | None = None
+) -> Iterator[Batch]:
+    """One pass over `config.heldout` in file order; every token but a document's first is a target exactly once.
+
+    Batches are [batch_size or global_batch_size, S]; empty rows fill the last.
+    """
+    size = batch_size or config.global_batch_size
+    pending: list[Batch] = []
+    for source in config.heldout:
+        tokenized = tokenize_source(source, tokenizer, config.max_bytes, config.cache_dir)
+        rows = PackedRows(tokenized, config.seq_len, tokenizer.bos, tokenizer.pad)
+        for index in range(len(rows)):
+            pending.append(rows[index])
+            if len(pending) == size:
+                yield stack(pending)
+                pending = []
+    if pending:
+        fill = [empty_row(config.seq_len, tokenizer.pad)] * (size - len(pending))
+        yield stack(pending + fill)
+
+
+@dataclass(frozen=True)
+class HeldoutDocument:
+    """A held-out text, its ids int32 [S] (BOS, text, end-of-text) and its size in UTF-8 bytes."""
+
+    text: str
+    ids: np.ndarray
+    num_bytes: int
+
+
+def heldout_documents(
+    config: DataConfig, tokenizer: Tokenizer, max_bytes: int | None = None
+) -> list[HeldoutDocument]:
+    """The texts of `config.heldout` that `heldout_batches` packs (conversations left out), in the same order.
+
+    `max_bytes` narrows `config.max_bytes`. Raises UserError where no held-out source is of kind text.
+    """
+    limit = config.max_bytes if max_bytes is None else max_bytes
+    texts: list[Document] = []
+    for source in config.heldout:
+        if source.kind == "text":
+            texts.extend(iter_documents(source, limit))
+    if not texts:
+        raise UserError("data.heldout has no source of kind text; add one, such as stdlib:heldout")
+    return [
+        HeldoutDocument(text, document_ids(text, tokenizer)[0], len(text.encode()))
+        for text in texts
+        if isinstance(text, str)
+    ]
+
+
+def compression_bits_per_byte(documents: Sequence[HeldoutDocument]) -> dict[str, float]:
+    """gzip -9 and xz -9 on the documents as one stream (which favours them): bits per byte of the same bytes."""
+    data = "".join(document.text for document in documents).encode()
+    sizes = {
+        "gzip9": len(gzip.compress(data, 9, mtime=0)),
+        "xz9": len(lzma.compress(data, preset=9)),
+    }
+    return {name: 8 * size / len(data) for name, size in sizes.items()}

@@ -1,0 +1,202 @@
+"""Files to documents: `.txt`, `.jsonl`, `.parquet`, ArrayRecord and the embedded corpus, one document at a time.
+
+A document is a text or a conversation (a list of messages). Files are streamed, never read whole except a `.txt`,
+which is one document. Input that cannot be read ends in a `UserError` that names the file and the mend.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config import SourceConfig
+from moe_jax.data import corpus
+from moe_jax.data.corpus import Message
+from moe_jax.errors import UserError
+
+Document = str | list[Message]
+
+_STDLIB = {
+    "stdlib:text": (corpus.stdlib_texts, False),
+    "stdlib:heldout": (corpus.stdlib_texts, True),
+    "stdlib:chat": (corpus.stdlib_chats, False),
+    "stdlib:chat_heldout": (corpus.stdlib_chats, True),
+}
+
+
+def source_files(path: str) -> list[Path]:
+    """The files behind `SourceConfig.path`, sorted; raises UserError where there are none."""
+    if path in _STDLIB:
+        return corpus.stdlib_files(_STDLIB[path][1])
+    if path.startswith("stdlib:"):
+        raise UserError(f"{path!r} is no part of the embedded corpus; use {', '.join(_STDLIB)}")
+    files = sorted(Path(name) for name in glob.glob(path, recursive=True))
+    if not files:
+        raise UserError(f"no file matches {path!r}; check the path of the source")
+    for file in files:
+        if file.is_dir():
+            raise UserError(
+                f"{file} is a folder; name its files with a glob such as '{file}/*.jsonl'"
+            )
+        if file.suffix not in _READERS:
+            raise UserError(f"{file} is of no known kind; use one of {', '.join(_READERS)}")
+        if file.stat().st_size == 0:
+            raise UserError(f"{file} is empty; remove it or give a narrower path")
+    return files
+
+
+def iter_documents(source: SourceConfig, max_bytes: int = 0) -> Iterator[Document]:
+    """Documents of one source in file order, each of the source's kind; stops once `max_bytes` are reached.
+
+    Texts of nothing but white space are left out. Raises UserError for unreadable input, for a document of the
+    other kind, and for a source without documents.
+    """
+    total = count = 0
+    for name, document in _all_documents(source.path):
+        kind = "text" if isinstance(document, str) else "chat"
+        if kind != source.kind:
+            raise UserError(
+                f"{name} holds a {kind} where the source says {source.kind}; set its kind to {kind}"
+            )
+        text = document_text(document)
+        if not text.strip():
+            continue
+        yield document
+        count, total = count + 1, total + len(text.encode())
+        if max_bytes and total >= max_bytes:
+            return
+    if not count:
+        raise UserError(f"{source.path!r} holds no text; give a source with at least one document")
+
+
+def document_text(document: Document) -> str:
+    """The text of a document, messages joined by newlines: what its bytes are counted on."""
+    return document if isinstance(document, str) else "\n".join(m["content"] for m in document)
+
+
+def _all_documents(path: str) -> Iterator[tuple[str, Document]]:
+    if path in _STDLIB:
+        read, heldout = _STDLIB[path]
+        yield from ((path, document) for document in read(heldout))
+        return
+    for file in source_files(path):
+        try:
+            yield from _READERS[file.suffix](file)
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror or error}; check it") from None
+
+
+def _text(name: str, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name} is not UTF-8 at byte {error.start}; convert it, for example with iconv -t utf-8"
+        ) from None
+
+
+def _document(name: str, record: Any) -> Document:
+    """A record with `text`, or with `messages` of role and content, checked."""
+    if isinstance(record, dict):
+        if isinstance(text := record.get("text"), str):
+            return _sound(name, text)
+        messages = record.get("messages")
+        if isinstance(messages, list) and messages:
+            for message in messages:
+                parts = (
+                    (message.get(key) for key in ("role", "content"))
+                    if isinstance(message, dict)
+                    else (None,)
+                )
+                if not all(isinstance(part, str) for part in parts):
+                    raise UserError(
+                        f"{name} has a message without a role and a content that are strings; mend it"
+                    )
+            return [{k: _sound(name, m[k]) for k in ("role", "content")} for m in messages]
+    raise UserError(
+        f"{name} has neither a 'text' string nor a 'messages' list; rename its fields to one of them"
+    )
+
+
+def _sound(name: str, text: str) -> str:
+    # JSON may spell half of a surrogate pair, which no UTF-8 file can hold.
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{name} spells half a surrogate pair (\\ud8xx); write the whole character")
+    return text
+
+
+def _read_txt(file: Path) -> Iterator[tuple[str, Document]]:
+    yield str(file), _text(str(file), file.read_bytes())
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[str, Document]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            name = f"{file} line {number}"
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(_text(name, line))
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{name} is not JSON ({error.msg}); write one object a line"
+                ) from None
+            yield name, _document(name, record)
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, Document]]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        columns = [name for name in ("text", "messages") if name in table.schema_arrow.names][:1]
+        if not columns:
+            names = ", ".join(table.schema_arrow.names)
+            raise UserError(f"{file} has columns {names}; name one 'text' or 'messages'")
+        row = 0
+        for batch in table.iter_batches(batch_size=1024, columns=columns):
+            for record in batch.to_pylist():
+                row += 1
+                yield f"{file} row {row}", _document(f"{file} row {row}", record)
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file} is not a sound Parquet file ({reason}); write it again") from None
+
+
+def _read_array_record(file: Path) -> Iterator[tuple[str, Document]]:
+    """Records are JSON objects as in `.jsonl`, or else plain UTF-8 text."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(file))
+    unsound = UserError(f"{file} is not a sound ArrayRecord file; write it again")
+    try:
+        if not reader.ok():
+            raise unsound
+        for index in range(reader.num_records()):
+            name = f"{file} record {index}"
+            try:
+                raw = reader.read()
+            except RuntimeError:
+                raise unsound from None
+            text = _text(name, raw)
+            try:
+                record = json.loads(text) if text.lstrip().startswith("{") else None
+            except json.JSONDecodeError:
+                record = None
+            yield name, text if record is None else _document(name, record)
+    finally:
+        if reader.ok():  # close() of a reader that failed raises an error of its own
+            reader.close()
+
+
+_READERS = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".array_record": _read_array_record,
+    ".arrayrecord": _read_array_record,
+}

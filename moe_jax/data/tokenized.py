@@ -1,0 +1,160 @@
+"""Token ids of a whole source, on disk: made once, memory-mapped ever after.
+
+The folder's name is a hash of what it follows from (files, kind, size limit, tokenizer, the code that reads), so it
+is never stale; its `fingerprint` is a hash of the ids themselves, by which a resumed run knows its data again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import groupby, islice
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+
+from moe_jax.config import SourceConfig
+from moe_jax.data.chat import render_ids
+from moe_jax.data.sources import Document, document_text, iter_documents, source_files
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
+
+_PART = 1 << 18  # characters; longer texts are encoded in parts cut at a line's end
+_CHUNK = 64  # parts encoded at one time: enough for all cores, and memory stays small
+
+
+@dataclass(frozen=True)
+class TokenizedSource:
+    """Documents as ids. `tokens` [T] uint16 or uint32, `trained` bool [T] (chats: what the loss counts; None: all),
+    `offsets` int64 [documents + 1], `num_bytes` of UTF-8 text, `fingerprint` of all of it."""
+
+    tokens: np.ndarray
+    trained: np.ndarray | None
+    offsets: np.ndarray
+    num_bytes: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def tokenize_source(
+    source: SourceConfig, tokenizer: Tokenizer, max_bytes: int = 0, cache_dir: str = ""
+) -> TokenizedSource:
+    """Ids of a source, from the cache where it has them. Text documents are BOS, text, end-of-text."""
+    if not cache_dir:
+        with tempfile.TemporaryDirectory() as folder:
+            _write(Path(folder), source, tokenizer, max_bytes)
+            return _read(Path(folder))  # the mapped files outlive their names
+    folder = Path(cache_dir) / _key(source, tokenizer, max_bytes)
+    if not folder.exists():
+        aside = Path(f"{folder}.{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)  # a killed run had the same process id
+        try:
+            aside.mkdir(parents=True)
+            _write(aside, source, tokenizer, max_bytes)
+            aside.rename(folder)
+        except OSError as error:
+            if not folder.exists():  # else another process was first, with the same content
+                raise UserError(
+                    f"cannot write tokens to {folder}: {error.strerror}; set data.cache_dir to a folder with room"
+                ) from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return _read(folder)
+
+
+def document_ids(document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray | None]:
+    """Ids int32 [S] of one document and, for a conversation, what is trained bool [S]."""
+    if isinstance(document, str):
+        return next(_encoded_texts([document], tokenizer)), None
+    return render_ids(document, tokenizer)
+
+
+def _encoded(
+    kind: str, documents: Iterator[Document], tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """`document_ids` of each document, all of one kind; texts are encoded many at a time."""
+    if kind == "chat":
+        return (document_ids(document, tokenizer) for document in documents)
+    texts = (document for document in documents if isinstance(document, str))
+    return ((ids, None) for ids in _encoded_texts(texts, tokenizer))
+
+
+def _encoded_texts(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    parts = ((number, part) for number, text in enumerate(texts) for part in _parts(text))
+
+    def encoded() -> Iterator[tuple[int, np.ndarray]]:
+        while chunk := list(islice(parts, _CHUNK)):
+            batch = tokenizer.encode_batch([part for _, part in chunk])
+            for (number, _), ids in zip(chunk, batch, strict=True):
+                yield number, np.array(ids, np.int32)
+
+    for _, group in groupby(encoded(), key=itemgetter(0)):
+        ids = [part for _, part in group]
+        yield np.concatenate([[tokenizer.bos], *ids, [tokenizer.end]]).astype(np.int32)
+
+
+def _parts(text: str) -> Iterator[str]:
+    at = 0
+    while len(text) - at > 2 * _PART:
+        cut = text.find("\n", at + _PART, at + 2 * _PART) + 1 or at + _PART
+        yield text[at:cut]
+        at = cut
+    yield text[at:]
+
+
+def _write(folder: Path, source: SourceConfig, tokenizer: Tokenizer, max_bytes: int) -> None:
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    offsets, num_bytes, digest = [0], 0, hashlib.sha256()
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as masks:
+
+        def counted() -> Iterator[Document]:
+            nonlocal num_bytes
+            for document in iter_documents(source, max_bytes):
+                num_bytes += len(document_text(document).encode())
+                yield document
+
+        for ids, trained in _encoded(source.kind, counted(), tokenizer):
+            offsets.append(offsets[-1] + len(ids))
+            pieces = [(tokens, ids.astype(dtype).tobytes())]
+            if trained is not None:
+                pieces.append((masks, trained.tobytes()))
+            for file, piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+    np.save(folder / "offsets.npy", np.array(offsets, np.int64))
+    digest.update(np.array(offsets, np.int64).tobytes())
+    meta = {"dtype": dtype.name, "num_bytes": num_bytes, "fingerprint": digest.hexdigest()}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _read(folder: Path) -> TokenizedSource:
+    meta = json.loads((folder / "meta.json").read_text())
+    masked = (folder / "trained.bin").stat().st_size > 0
+    return TokenizedSource(
+        tokens=np.memmap(folder / "tokens.bin", meta["dtype"], "r"),
+        trained=np.memmap(folder / "trained.bin", bool, "r") if masked else None,
+        offsets=np.load(folder / "offsets.npy"),
+        num_bytes=meta["num_bytes"],
+        fingerprint=meta["fingerprint"],
+    )
+
+
+def _key(source: SourceConfig, tokenizer: Tokenizer, max_bytes: int) -> str:
+    stats = [(str(file), file.stat()) for file in source_files(source.path)]
+    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    parts = {
+        "source": asdict(source) | {"weight": None},
+        "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        "max_bytes": max_bytes,
+        "tokenizer": tokenizer.fingerprint,
+        "code": hashlib.sha256(b"".join(code)).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

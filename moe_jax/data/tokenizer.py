@@ -1,0 +1,161 @@
+"""The byte-level BPE tokenizer: trained, checked, saved as `tokenizer.json`, and named by a fingerprint.
+
+The file is an ordinary Hugging Face tokenizer with the Llama-3 splitting rule and the special tokens of the chat
+format, so the LiteRT-LM engine reads it as it is. Encoding here never turns text into a special token: those ids
+come only from the code that places them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+
+from moe_jax.errors import UserError
+from moe_jax.files import write_bytes
+
+PAD = "<|finetune_right_pad|>"
+BOS = "<|begin_of_text|>"
+END = "<|end_of_text|>"
+HEADER_START = "<|header_start|>"
+HEADER_END = "<|header_end|>"
+EOT = "<|eot|>"
+SPECIAL_TOKENS = (
+    PAD,
+    BOS,
+    END,
+    HEADER_START,
+    HEADER_END,
+    EOT,
+)  # ids 0..5 of a tokenizer trained here
+
+# Llama 3: contractions, words with one leading mark, digits by threes, punctuation, line ends, other spaces.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PROBE = "def f(x):\n\treturn  'é 漢字 🙂' # 1234\r\n"
+
+
+class Tokenizer:
+    """A loaded tokenizer with the ids of its special tokens: pad, bos, end, header_start, header_end, eot."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, name: str = "the tokenizer") -> None:
+        backend.encode_special_tokens = True  # special-token text in a document stays text
+        self._backend = backend
+        found = {token: backend.token_to_id(token) for token in SPECIAL_TOKENS}
+        ids = {token: token_id for token, token_id in found.items() if token_id is not None}
+        missing = [token for token in SPECIAL_TOKENS if token not in ids and token != PAD]
+        if missing:
+            raise UserError(
+                f"{name} lacks {', '.join(missing)}; use a tokenizer with the chat format's tokens"
+            )
+        self.bos, self.end, self.eot = ids[BOS], ids[END], ids[EOT]
+        self.header_start, self.header_end = ids[HEADER_START], ids[HEADER_END]
+        self.pad = ids.get(PAD, self.end)
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise UserError(
+                f"{name} does not give back the text it encodes; use a byte-level BPE tokenizer"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries including the special ones: the least `model.vocab_size` that fits."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the content, whatever the file's spacing: kept in checkpoints and compared there."""
+        content = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @staticmethod
+    def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Learn `vocab_size` entries; same texts, same tokenizer. UserError where there is too little text."""
+        least = len(SPECIAL_TOKENS) + 256
+        if vocab_size < least:
+            raise UserError(
+                f"vocab_size is {vocab_size}; bytes and special tokens alone need {least}"
+            )
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        # As in Llama 3, encode(..., add_special_tokens=True) of other programs puts the beginning in front.
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A",
+            pair=f"{BOS} $A {BOS} $B:1",
+            special_tokens=[(BOS, backend.token_to_id(BOS))],
+        )
+        if (found := backend.get_vocab_size()) < vocab_size:
+            raise UserError(
+                f"the text gives only {found} of {vocab_size} entries; add text or set vocab_size to {found}"
+            )
+        return Tokenizer(backend)
+
+    @staticmethod
+    def load(path: str | Path) -> Tokenizer:
+        """Read a `tokenizer.json`; UserError where it is missing, damaged, or lacks what training needs."""
+        try:
+            backend = tokenizers.Tokenizer.from_str(Path(path).read_text("utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"there is no tokenizer at {path}; train one with 'python -m moe_jax tokenizer'"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot read the tokenizer at {path}: {error.strerror}") from None
+        except Exception as error:  # the library raises bare Exception for anything it cannot parse
+            raise UserError(
+                f"{path} is no sound tokenizer.json ({error}); train or copy it again"
+            ) from None
+        return Tokenizer(backend, str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write `tokenizer.json`, aside and then renamed."""
+        write_bytes(path, self._backend.to_str(pretty=True).encode())
+
+    def require(self, vocab_size: int, fingerprint: str | None = None) -> None:
+        """UserError unless the ids fit a model's vocabulary and `fingerprint`, a checkpoint's, is this one."""
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.vocab_size} entries but model.vocab_size is {vocab_size}; "
+                f"set model.vocab_size to {self.vocab_size}"
+            )
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            raise UserError(
+                f"the tokenizer ({self.fingerprint[:12]}) is not the one the checkpoint was trained with "
+                f"({fingerprint[:12]}); use the tokenizer.json of its run folder"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no special tokens, whatever the text says."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts on all cores."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Text of ids, special tokens spelled out."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token(self, token_id: int) -> str:
+        """The entry itself, in the byte alphabet of the file; empty for an id the tokenizer does not have."""
+        return self._backend.id_to_token(int(token_id)) or ""

@@ -1,0 +1,41 @@
+"""Text made up from few words, and files of every kind that hold it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet as parquet
+from array_record.python.array_record_module import ArrayRecordWriter
+
+TEXT = "the quick brown fox jumps over a lazy dog while Ünïcödé and 漢字 look on, 12345 times"
+WORDS = TEXT.split()
+
+
+def sentence(seed: int, words: int) -> str:
+    return " ".join(WORDS[(seed * 7 + i * i) % len(WORDS)] for i in range(words))
+
+
+def write_records(path: Path, records: list[bytes]) -> None:
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+def write(folder: Path, kind: str, field: str, values: list) -> str:
+    """The values in one file of the kind; text files take one file each. Returns the path or glob."""
+    path = folder / f"data.{kind}"
+    rows = [{field: value} for value in values]
+    if kind == "txt":
+        for i, value in enumerate(values):
+            (folder / f"{i}.txt").write_bytes(value.encode())
+        return str(folder / "*.txt")
+    if kind == "jsonl":
+        path.write_text("\n\n".join(json.dumps(row) for row in rows))
+    elif kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        write_records(path, [json.dumps(row).encode() for row in rows])
+    return str(path)

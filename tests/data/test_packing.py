@@ -1,0 +1,103 @@
+"""Packing loses nothing, invents nothing, and never lets one document predict another."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.data.packing import PackedRows, empty_row, stack
+from moe_jax.data.tokenized import TokenizedSource
+
+PAD, BOS, SPAN = 0, 1, 1000
+lengths_of_documents = st.lists(st.integers(2, 40), min_size=1, max_size=12)
+row_lengths = st.integers(2, 33)
+seeds = st.none() | st.integers(0, 2**32 - 1)
+
+
+def source(lengths: list[int], trained: np.ndarray | None = None) -> TokenizedSource:
+    """Documents whose ids tell document and place: (document + 1) * SPAN + place."""
+    documents = [SPAN * (d + 1) + np.arange(n) for d, n in enumerate(lengths)]
+    offsets = np.cumsum([0, *lengths])
+    return TokenizedSource(np.concatenate(documents).astype(np.uint32), trained, offsets, 0, "")
+
+
+def segments_of(rows: PackedRows):
+    """(tokens, targets, loss_mask) of every segment; checks ids, positions and padding on the way."""
+    for index in range(len(rows)):
+        row = rows[index]
+        segment_ids = row["segment_ids"]
+        used = int((segment_ids > 0).sum())
+        assert (segment_ids[used:] == 0).all() and (row["tokens"][used:] == PAD).all()
+        assert not row["loss_mask"][used:].any() and not row["positions"][used:].any()
+        assert set(segment_ids[:used]) == set(range(1, segment_ids.max() + 1))
+        assert (np.diff(segment_ids[:used]) >= 0).all()
+        for segment in range(1, segment_ids.max() + 1):
+            at = segment_ids == segment
+            assert row["positions"][at].tolist() == list(range(at.sum()))
+            yield row["tokens"][at], row["targets"][at], row["loss_mask"][at]
+
+
+def all_places(lengths: list[int], first: int = 0) -> list[int]:
+    return [SPAN * (d + 1) + i for d, n in enumerate(lengths) for i in range(first, n)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_of_documents, row_lengths, seeds)
+def test_text_packing_has_every_token_once_and_every_target_once(lengths, S, seed):
+    tokens, targets = [], []
+    for segment, goals, mask in segments_of(PackedRows(source(lengths), S, BOS, PAD, seed)):
+        if segment[0] == BOS:  # the rest of a cut document
+            assert mask[0] == 0 and segment[1] % SPAN > 0
+            segment, goals, mask = segment[1:], goals[1:], mask[1:]
+        assert len(set(segment // SPAN)) == 1
+        assert (goals[mask > 0] == segment[mask > 0] + 1).all()
+        assert (mask[:-1] == 1).all()  # only a document's last place may have no target
+        tokens += segment.tolist()
+        targets += goals[mask > 0].tolist()
+    assert sorted(tokens) == all_places(lengths)
+    assert sorted(targets) == all_places(lengths, first=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_of_documents, row_lengths)
+def test_text_rows_are_full_but_the_last(lengths, S):
+    rows = PackedRows(source(lengths), S, BOS, PAD)
+    assert all((rows[i]["segment_ids"] > 0).all() for i in range(len(rows) - 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths_of_documents, row_lengths, seeds, st.randoms(use_true_random=False))
+def test_chats_stay_whole_or_are_cut_and_counted(lengths, S, seed, random):
+    trained = np.array([random.random() < 0.6 for _ in range(sum(lengths))])
+    trained[1] = True  # at least one conversation stays
+    chats = source(lengths, trained)
+    rows = PackedRows(chats, S, BOS, PAD, seed)
+    seen, cut = [], 0
+    for segment, goals, mask in segments_of(rows):
+        document = int(segment[0]) // SPAN - 1
+        start, length = int(chats.offsets[document]), lengths[document]
+        assert segment.tolist() == [SPAN * (document + 1) + i for i in range(min(length, S))]
+        cut += length > S
+        here = trained[start + 1 : start + 1 + len(segment)] if length > len(segment) else None
+        want = trained[start + 1 : start + length] if here is None else here
+        assert mask[: len(want)].astype(bool).tolist() == want.tolist()
+        assert not mask[len(want) :].any() and mask.any()
+        assert (goals[mask > 0] == segment[mask > 0] + 1).all()
+        seen.append(document)
+    assert len(seen) == len(set(seen)) == len(lengths) - rows.layout.dropped
+    assert cut == rows.layout.truncated
+
+
+def test_first_fit_fills_earlier_rows():
+    trained = np.ones(14, bool)
+    rows = PackedRows(source([5, 6, 3], trained), 8, BOS, PAD)
+    assert [(rows[i]["segment_ids"] > 0).sum() for i in range(len(rows))] == [8, 6]
+
+
+def test_rows_have_the_types_of_the_batch_format():
+    batch = stack([PackedRows(source([9]), 4, BOS, PAD)[0], empty_row(4, PAD)])
+    types = {name: values.dtype.name for name, values in batch.items()}
+    assert types.pop("loss_mask") == "float32"
+    assert set(types) == {"tokens", "targets", "segment_ids", "positions"}
+    assert set(types.values()) == {"int32"} and batch["tokens"].shape == (2, 4)

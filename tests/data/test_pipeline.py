@@ -1,0 +1,210 @@
+"""Batches are the same every time, on every number of processes, and after every resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_jax.config import DataConfig, SourceConfig
+from moe_jax.data import tokenized
+from moe_jax.data.commands import inspect_batch
+from moe_jax.data.pipeline import (
+    compression_bits_per_byte,
+    heldout_batches,
+    heldout_documents,
+    make_train_iterator,
+)
+from moe_jax.data.tokenized import tokenize_source
+from moe_jax.errors import UserError
+from tests.data.helpers import sentence, write
+
+
+def take(iterator, count: int) -> list[dict]:
+    return list(islice(iterator, count))
+
+
+def same(left: list[dict], right: list[dict]) -> bool:
+    return len(left) == len(right) and all(
+        a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_two_streams_of_one_config_are_equal_and_another_seed_differs(config, tokenizer):
+    first = take(make_train_iterator(config, tokenizer), 30)
+    assert same(first, take(make_train_iterator(config, tokenizer, threads=3), 30))
+    other = dataclasses.replace(config, seed=4)
+    assert not same(first, take(make_train_iterator(other, tokenizer), 30))
+
+
+def test_second_resume_continues_the_same_batches(config, tokenizer):
+    whole = take(make_train_iterator(config, tokenizer), 60)  # several epochs
+    seen, state = [], ""
+    for count in (17, 1, 25, 17):
+        iterator = make_train_iterator(config, tokenizer)
+        if state:
+            iterator.set_state(json.loads(state))
+        seen += take(iterator, count)
+        state = json.dumps(iterator.get_state())
+    assert same(whole, seen) and len(state) < 200
+
+
+def test_a_stream_can_be_set_back(config, tokenizer):
+    iterator = make_train_iterator(config, tokenizer)
+    take(iterator, 3)
+    state = iterator.get_state()
+    first = take(iterator, 5)
+    iterator.set_state(state)
+    assert same(first, take(iterator, 5))
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_out_the_global_batch_and_may_change_in_number(
+    config, tokenizer, processes
+):
+    whole = make_train_iterator(config, tokenizer)
+    take(whole, 5)
+    parts = [
+        make_train_iterator(config, tokenizer, process_index=p, process_count=processes)
+        for p in range(processes)
+    ]
+    for part in parts:
+        part.set_state(whole.get_state())
+    for batch in take(whole, 20):
+        pieces = [next(part) for part in parts]
+        joined = {name: np.concatenate([piece[name] for piece in pieces]) for name in batch}
+        assert same([batch], [joined])
+
+
+def test_each_epoch_has_every_row_once_in_a_new_order(config, text_source, tokenizer):
+    config = dataclasses.replace(config, sources=(text_source,), global_batch_size=1)
+    iterator = make_train_iterator(config, tokenizer)
+    rows = iterator.stats[0]["rows"]
+    epochs = [[batch["tokens"].tobytes() for batch in take(iterator, rows)] for _ in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2] and len(set(epochs[0])) == rows
+
+
+def test_mixture_follows_the_weights_by_rows(config, tokenizer):
+    rows = [
+        row
+        for batch in take(make_train_iterator(config, tokenizer), 100)
+        for row in batch["tokens"]
+    ]
+    chats = sum(tokenizer.header_start in row for row in rows)
+    assert len(rows) == 400 and abs(chats - 100) <= 2
+
+
+def test_state_of_other_data_is_refused(config, tokenizer):
+    state = make_train_iterator(config, tokenizer).get_state()
+    for change in (
+        {"seed": 9},
+        {"seq_len": 32},
+        {"sources": config.sources[:1]},
+        {"max_bytes": 900},
+    ):
+        with pytest.raises(UserError, match="the data changed since the checkpoint"):
+            make_train_iterator(dataclasses.replace(config, **change), tokenizer).set_state(state)
+
+
+def test_less_than_one_batch_is_refused_with_the_numbers(config, tokenizer):
+    config = dataclasses.replace(config, global_batch_size=4096)
+    with pytest.raises(UserError, match=r"\d+ tokens, \d+ rows of 64, less than one batch of 4096"):
+        make_train_iterator(config, tokenizer)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(config, tokenizer):
+    with pytest.raises(UserError, match="not a multiple of the 3 processes; use 6"):
+        make_train_iterator(config, tokenizer, process_count=3)
+
+
+def test_chats_without_answers_in_reach_are_refused(config, chat_source, tokenizer):
+    config = dataclasses.replace(config, sources=(chat_source,), seq_len=3)
+    with pytest.raises(
+        UserError, match="no conversation has an assistant's answer within 3 tokens"
+    ):
+        make_train_iterator(config, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "array_record"])
+def test_own_files_train_end_to_end(tmp_path, tokenizer, kind):
+    path = write(tmp_path, kind, "text", [sentence(i, 20) for i in range(12)])
+    config = DataConfig((SourceConfig(path),), seq_len=32, global_batch_size=2, cache_dir="")
+    batch = next(make_train_iterator(config, tokenizer))
+    assert batch["tokens"].shape == (2, 32) and batch["loss_mask"].mean() > 0.8
+
+
+def test_cache_gives_the_same_ids_and_notices_a_changed_file(text_source, tokenizer, tmp_path):
+    cache = tmp_path / "cache"
+    plain = tokenize_source(text_source, tokenizer)
+    cached = [tokenize_source(text_source, tokenizer, cache_dir=str(cache)) for _ in range(2)]
+    assert {t.fingerprint for t in cached} == {plain.fingerprint} and len(
+        list(cache.iterdir())
+    ) == 1
+    assert np.array_equal(cached[1].tokens, plain.tokens) and cached[1].num_bytes == plain.num_bytes
+    with Path(text_source.path).open("a") as file:
+        file.write('{"text": "one more"}\n')
+    changed = tokenize_source(text_source, tokenizer, cache_dir=str(cache))
+    assert len(changed) == len(plain) + 1 and changed.fingerprint != plain.fingerprint
+
+
+def test_long_texts_are_encoded_in_parts_without_loss(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenized, "_PART", 50)
+    texts = [sentence(1, 300), "\n".join(sentence(i, 9) for i in range(30)), "short"]
+    source = SourceConfig(write(tmp_path, "jsonl", "text", texts))
+    stored = tokenize_source(source, tokenizer)
+    bounds = zip(stored.offsets[:-1], stored.offsets[1:], strict=True)
+    assert [tokenizer.decode(stored.tokens[a + 1 : b - 1]) for a, b in bounds] == texts
+    ids = [tokenized.document_ids(text, tokenizer)[0] for text in texts]
+    assert np.array_equal(np.concatenate(ids), stored.tokens)
+
+
+def test_a_cache_that_cannot_be_written_is_named(text_source, tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write tokens to .*set data.cache_dir to"):
+        tokenize_source(text_source, tokenizer, cache_dir=str(tmp_path / "file" / "cache"))
+
+
+def test_a_failed_read_leaves_no_cache_behind(text_source, tokenizer, tmp_path):
+    with Path(text_source.path).open("ab") as file:
+        file.write(b"\xff")
+    with pytest.raises(UserError, match="not UTF-8"):
+        tokenize_source(text_source, tokenizer, cache_dir=str(tmp_path / "cache"))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_heldout_batches_and_documents_hold_the_same_bytes_and_targets(config, tokenizer):
+    documents = heldout_documents(config, tokenizer)
+    batches = list(heldout_batches(config, tokenizer, batch_size=5))
+    assert all(batch["tokens"].shape == (5, 64) for batch in batches)
+    targets = [int(t) for b in batches for t in b["targets"][b["loss_mask"] > 0]]
+    assert targets == [int(t) for document in documents for t in document.ids[1:]]
+    source = tokenize_source(config.heldout[0], tokenizer)
+    assert sum(document.num_bytes for document in documents) == source.num_bytes
+    assert all(tokenizer.decode(d.ids[1:-1]) == d.text for d in documents)
+
+
+def test_compression_is_measured_on_the_same_bytes(config, tokenizer):
+    documents = heldout_documents(config, tokenizer, max_bytes=2000)
+    bits = compression_bits_per_byte(documents)
+    assert set(bits) == {"gzip9", "xz9"} and all(
+        0 < b < 8 and math.isfinite(b) for b in bits.values()
+    )
+
+
+def test_heldout_chats_alone_give_no_documents(config, chat_source, tokenizer):
+    with pytest.raises(UserError, match="no source of kind text"):
+        heldout_documents(dataclasses.replace(config, heldout=(chat_source,)), tokenizer)
+
+
+def test_a_row_can_be_looked_at(config, chat_source, tokenizer):
+    config = dataclasses.replace(config, sources=(chat_source,))
+    shown = inspect_batch(config, tokenizer, row=1, color=False)
+    assert "segment 1: places 0.." in shown and "<|eot|>»" in shown
+    assert "\033[32m" in inspect_batch(config, tokenizer, row=1)
