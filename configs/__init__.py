@@ -1,0 +1,62 @@
+"""Run configurations by name: every public function of this package's modules that returns a `RunConfig`.
+
+A config function takes no argument, and its docstring is its lab note: purpose, command, expected result.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+
+from moe_jax.config import RunConfig
+from moe_jax.errors import UserError
+from moe_jax.overrides import apply, from_dict, nearest
+
+
+def registered() -> dict[str, Callable[[], RunConfig]]:
+    """Name -> config function, in alphabetical order of the names."""
+    found: dict[str, Callable[[], RunConfig]] = {}
+    for module_info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{module_info.name}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            signature = inspect.signature(function)
+            if (
+                function.__module__ == module.__name__
+                and not name.startswith("_")
+                and not signature.parameters
+                and signature.return_annotation in (RunConfig, "RunConfig")
+            ):
+                if name in found:
+                    raise ValueError(f"two configs are called {name}")
+                found[name] = function
+    return dict(sorted(found.items()))
+
+
+def get(name: str) -> RunConfig:
+    """The registered config of that name; an unknown name is a UserError with the nearest one."""
+    functions = registered()
+    if name not in functions:
+        raise UserError(f"no config is called {name!r}{nearest(name, list(functions))}")
+    return functions[name]()
+
+
+def summary(name: str) -> str:
+    """The first line of the config function's docstring."""
+    return (inspect.getdoc(registered()[name]) or "").partition("\n")[0]
+
+
+def load(name: str, overrides: list[str] | None = None) -> RunConfig:
+    """A registered config, or a `.json` file such as a run's config.json, with dotted overrides applied."""
+    if not name.endswith(".json"):
+        return apply(get(name), overrides or [])
+    try:
+        data = json.loads(Path(name).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name} cannot be read as JSON ({error}); name a registered config"
+        ) from None
+    return apply(from_dict(RunConfig, data), overrides or [])

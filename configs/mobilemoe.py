@@ -1,0 +1,182 @@
+"""MobileMoE S, M and L, each in four stages (paper section 4; learning rates and token counts from its recipe).
+
+The paper does not give batch sizes, betas, weight decay or warm-up: those below are this project's choice.
+Token budgets are 6T, 500B, 126B and 21B; `steps` follows from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moe_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    QuantConfig,
+    RunConfig,
+    SourceConfig,
+)
+
+
+def _model(num_layers: int, d_model: int, num_heads: int) -> ModelConfig:
+    """The family's rules: feed-forward 4 x d_model cut by 8 into 60 experts + 1 shared, heads of 64."""
+    return ModelConfig(
+        num_layers=num_layers,
+        d_model=d_model,
+        num_heads=num_heads,
+        num_kv_heads=4,
+        ffn_width=4 * d_model,
+        moe=MoEConfig.fine_grained(4 * d_model),
+    )
+
+
+SMALL = _model(num_layers=20, d_model=768, num_heads=12)
+MEDIUM = _model(num_layers=26, d_model=1024, num_heads=16)
+LARGE = _model(num_layers=32, d_model=1280, num_heads=20)
+
+
+def _stage(
+    model: ModelConfig,
+    stage: str,
+    tokens: float,
+    seq_len: int,
+    optimizer: OptimizerConfig,
+    source: SourceConfig,
+    quant: QuantConfig | None = None,
+    dispatch: str = "dropless",
+) -> RunConfig:
+    assert model.moe is not None
+    tokens_per_step = 2**22
+    return RunConfig(
+        stage=stage,
+        model=replace(model, moe=replace(model.moe, dispatch=dispatch)),
+        quant=quant,
+        data=DataConfig(
+            sources=(source,),
+            heldout=(SourceConfig(f"data/heldout/{stage}/*.jsonl", kind=source.kind),),
+            tokenizer="data/tokenizer.json",
+            seq_len=seq_len,
+            global_batch_size=tokens_per_step // seq_len,
+        ),
+        optimizer=optimizer,
+        checkpoint=CheckpointConfig(every_steps=1000, keep=3),
+        steps=round(tokens / tokens_per_step),
+    )
+
+
+def _pretrain(model: ModelConfig) -> RunConfig:
+    return _stage(
+        model, "pretrain", 6e12, 2048,
+        OptimizerConfig(learning_rate=4e-4, schedule="cosine", warmup_steps=2000),
+        SourceConfig("data/pretrain/*.jsonl"), dispatch="drop_and_pad",
+    )  # fmt: skip
+
+
+def _midtrain(model: ModelConfig) -> RunConfig:
+    return _stage(
+        model, "midtrain", 500e9, 8192,
+        OptimizerConfig(learning_rate=4e-5, schedule="linear", final_fraction=0.0),
+        SourceConfig("data/midtrain/*.jsonl"), dispatch="drop_and_pad",
+    )  # fmt: skip
+
+
+def _sft(model: ModelConfig) -> RunConfig:
+    return _stage(
+        model, "sft", 126e9, 8192,
+        OptimizerConfig(learning_rate=4e-6, schedule="cosine"),
+        SourceConfig("data/sft/*.jsonl", kind="chat"),
+    )  # fmt: skip
+
+
+def _qat(model: ModelConfig) -> RunConfig:
+    return _stage(
+        model, "qat", 21e9, 8192,
+        OptimizerConfig(learning_rate=4e-6, schedule="cosine"),
+        SourceConfig("data/sft/*.jsonl", kind="chat"), quant=QuantConfig(),
+    )  # fmt: skip
+
+
+def mobilemoe_s() -> RunConfig:
+    """MobileMoE-S (272M active of 1.26B), stage 1 of 4: pre-training on 6T tokens at 2048.
+
+    Run: python -m moe_jax train mobilemoe_s --run runs/s/pretrain mesh.fsdp=-1
+    Expect: INT4 average of about 44 on the paper's 14 tasks once all four stages are done.
+    """
+    return _pretrain(SMALL)
+
+
+def mobilemoe_s_midtrain() -> RunConfig:
+    """MobileMoE-S, stage 2 of 4: 500B tokens at 8192, linear decay from 4e-5.
+
+    Run: python -m moe_jax train mobilemoe_s_midtrain --run runs/s/midtrain init_from=runs/s/pretrain
+    Expect: 5 to 10 points more MMLU than after stage 1 (paper).
+    """
+    return _midtrain(SMALL)
+
+
+def mobilemoe_s_sft() -> RunConfig:
+    """MobileMoE-S, stage 3 of 4: conversations, dropless, cosine from 4e-6.
+
+    Run: python -m moe_jax train mobilemoe_s_sft --run runs/s/sft init_from=runs/s/midtrain
+    Expect: GSM8K well above stage 2 (paper: 36 to 52 on one size).
+    """
+    return _sft(SMALL)
+
+
+def mobilemoe_s_qat() -> RunConfig:
+    """MobileMoE-S, stage 4 of 4: INT4 weights in groups of 32, INT8 activations, 21B tokens.
+
+    Run: python -m moe_jax train mobilemoe_s_qat --run runs/s/qat init_from=runs/s/sft
+    Expect: 2 to 3 points below stage 3 on average (paper: 2.7).
+    """
+    return _qat(SMALL)
+
+
+def mobilemoe_m() -> RunConfig:
+    """MobileMoE-M (528M active of 2.82B), stage 1 of 4: pre-training on 6T tokens at 2048.
+
+    Run: python -m moe_jax train mobilemoe_m --run runs/m/pretrain mesh.fsdp=-1
+    Expect: INT4 average of about 52.5 on the paper's 14 tasks once all four stages are done.
+    """
+    return _pretrain(MEDIUM)
+
+
+def mobilemoe_m_midtrain() -> RunConfig:
+    """MobileMoE-M, stage 2 of 4. Run and expectation as for S, with m for s."""
+    return _midtrain(MEDIUM)
+
+
+def mobilemoe_m_sft() -> RunConfig:
+    """MobileMoE-M, stage 3 of 4. Run and expectation as for S, with m for s."""
+    return _sft(MEDIUM)
+
+
+def mobilemoe_m_qat() -> RunConfig:
+    """MobileMoE-M, stage 4 of 4. Run and expectation as for S, with m for s (paper: 2.8 points)."""
+    return _qat(MEDIUM)
+
+
+def mobilemoe_l() -> RunConfig:
+    """MobileMoE-L (922M active of 5.33B), stage 1 of 4: pre-training on 6T tokens at 2048.
+
+    Run: python -m moe_jax train mobilemoe_l --run runs/l/pretrain mesh.fsdp=-1
+    Expect: INT4 average of about 57.8 on the paper's 14 tasks once all four stages are done.
+    """
+    return _pretrain(LARGE)
+
+
+def mobilemoe_l_midtrain() -> RunConfig:
+    """MobileMoE-L, stage 2 of 4. Run and expectation as for S, with l for s."""
+    return _midtrain(LARGE)
+
+
+def mobilemoe_l_sft() -> RunConfig:
+    """MobileMoE-L, stage 3 of 4. Run and expectation as for S, with l for s."""
+    return _sft(LARGE)
+
+
+def mobilemoe_l_qat() -> RunConfig:
+    """MobileMoE-L, stage 4 of 4. Run and expectation as for S, with l for s (paper: 2.3 points)."""
+    return _qat(LARGE)

@@ -1,0 +1,246 @@
+"""`python -m moe_jax`: train, look at and use models. Imports JAX only where a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import configs
+from moe_jax.errors import UserError
+from moe_jax.files import write_json
+
+_EXAMPLES = """\
+A run is a folder: config, logs, tokenizer and checkpoints. The usual order of things:
+
+  python -m moe_jax configs                                   what can be trained
+  python -m moe_jax tokenizer CONFIG                          learn the tokenizer that CONFIG names
+  python -m moe_jax train CONFIG --run runs/a steps=200       train; again to resume after a kill
+  python -m moe_jax evaluate runs/a --json eval.json          held-out nats per token, bits per byte
+  python -m moe_jax generate runs/a --prompt 'def add(a, b):' let it go on with a text
+
+CONFIG is a registered name or a .json file (a run's config.json). Every option can be overridden by its
+dotted name: data.seq_len=256 model.moe.num_experts=8 quant=default data.sources.0.path='texts/*.jsonl'
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit status: 0, or 2 after one sentence on standard error that the user can act on."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # Overrides may stand before and after options, which argparse cannot say by itself.
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    unknown = [word for word in rest if word not in overrides]
+    if unknown or (overrides and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
+    if hasattr(arguments, "overrides"):
+        arguments.overrides += overrides
+    return guarded(arguments.command, arguments)
+
+
+def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
+    """Call a command; what the user can mend becomes one sentence and status 2, the rest keeps its traceback."""
+    try:
+        return command(arguments) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        print(f"error: {error.strerror}: {error.filename}; make room or mend it", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m moe_jax",
+        description="Train MobileMoE in JAX.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable, text: str, example: str, config: bool) -> Any:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"Example:\n  python -m moe_jax {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(command=command)
+        if config:
+            sub.add_argument("config", help="registered name or .json file")
+            sub.add_argument("overrides", nargs="*", help="dotted.name=value", metavar="OVERRIDE")
+        return sub
+
+    def add_json(sub: Any) -> None:
+        sub.add_argument("--json", metavar="PATH", help="write the numbers here as well")
+
+    add("configs", _configs, "list the registered configs", "", False)
+
+    sub = add(
+        "train",
+        _train,
+        "train a config in a run folder, going on from its last checkpoint; several configs joined "
+        "by commas are stages, each in DIR/<stage>, from the last parameters of the one before",
+        "demo_pretrain --run runs/a steps=200 optimizer.learning_rate=1e-3",
+        True,
+    )
+    sub.add_argument("--run", required=True, metavar="DIR", help="the run folder")
+
+    sub = add(
+        "params", _params, "count parameters and training FLOPs", "mobilemoe_s --json p.json", True
+    )
+    add_json(sub)
+
+    sub = add(
+        "evaluate",
+        _evaluate,
+        "measure a run on its held-out text, against gzip -9 and xz -9 on the same bytes",
+        "runs/a --json eval.json",
+        False,
+    )
+    sub.add_argument("run", help="run folder")
+    sub.add_argument("overrides", nargs="*", help="dotted.name=value", metavar="OVERRIDE")
+    add_json(sub)
+
+    sub = add(
+        "generate",
+        _generate,
+        "let a run go on with a text or answer in the chat format",
+        "runs/a --prompt 'What does os.getcwd do?' --chat --max-tokens 64",
+        False,
+    )
+    sub.add_argument("run", help="run folder")
+    sub.add_argument("--prompt", required=True, help="text to go on from, or the question")
+    sub.add_argument("--chat", action="store_true", help="put the prompt in the chat format")
+    sub.add_argument("--max-tokens", type=int, default=64)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = add(
+        "tokenizer",
+        _tokenizer,
+        "learn a byte-level BPE tokenizer of model.vocab_size entries from data.sources",
+        "demo_pretrain data.tokenizer=runs/tokenizer.json",
+        True,
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
+
+    sub = add(
+        "batch",
+        _batch,
+        "show one packed row of a batch as text, with what the loss counts",
+        "demo_sft --batch 3 --row 0",
+        True,
+    )
+    sub.add_argument("--batch", type=int, default=0)
+    sub.add_argument("--row", type=int, default=0)
+    return parser
+
+
+def _configs(_: Any) -> None:
+    for name in configs.registered():
+        print(f"{name:24} {configs.summary(name)}")
+
+
+def _train(arguments: Any) -> None:
+    names = arguments.config.split(",")
+    runs = [configs.load(name, arguments.overrides) for name in names]
+    # A resumed run finds its programs compiled.
+    compiled = Path(arguments.run).absolute() / ".compiled"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
+    if len(runs) > 1:
+        from moe_jax.train.stages import run_stages
+
+        run_stages(runs, arguments.run)
+    else:
+        from moe_jax.train.trainer import fit
+
+        fit(runs[0], arguments.run)
+
+
+def _params(arguments: Any) -> None:
+    from moe_jax.flops import count_parameters, train_flops_per_token
+
+    cfg = configs.load(arguments.config, arguments.overrides)
+    count = count_parameters(cfg.model)
+    flops = train_flops_per_token(cfg.model, cfg.data.seq_len)
+    result = {"active": count.active, "total": count.total, "train_flops_per_token": flops}
+    print(f"{count.active:,} active and {count.total:,} total parameters")
+    print(f"{flops:.4g} training FLOPs per token at sequence length {cfg.data.seq_len}")
+    _write(arguments, result)
+
+
+def _evaluate(arguments: Any) -> None:
+    from moe_jax.train.evaluate import evaluate
+
+    result = evaluate(arguments.run, arguments.overrides)
+    for name, value in result.items():
+        print(f"{name:28} {value:,.4f}" if isinstance(value, float) else f"{name:28} {value:,}")
+    _write(arguments, result)
+
+
+def _generate(arguments: Any) -> None:
+    if arguments.max_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        raise UserError(
+            "--max-tokens must be 1 or more, --temperature 0 or more, --top-p in (0, 1]"
+        )
+    from moe_jax.data.chat import render_ids
+    from moe_jax.data.tokenizer import Tokenizer
+    from moe_jax.generate import Generator
+    from moe_jax.train.checkpoint import load_parameters
+
+    cfg, parameters = load_parameters(arguments.run)
+    tokenizer = Tokenizer.load(Path(arguments.run) / "tokenizer.json")
+    if arguments.chat:
+        messages = [{"role": "user", "content": arguments.prompt}]
+        prompt = render_ids(messages, tokenizer, generation_prompt=True)[0].tolist()
+    else:
+        prompt = [tokenizer.bos, *tokenizer.encode(arguments.prompt)]
+    stops = (tokenizer.end, tokenizer.eot)
+    ids = Generator(cfg.model, parameters, cfg.quant).generate(
+        prompt,
+        arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop_ids=stops,
+    )
+    print(tokenizer.decode(ids[:-1] if ids[-1] in stops else ids))
+
+
+def _tokenizer(arguments: Any) -> None:
+    from moe_jax.data.commands import build_tokenizer
+
+    cfg = configs.load(arguments.config, arguments.overrides)
+    data, size = cfg.data, cfg.model.vocab_size
+    build_tokenizer(data.sources, size, data.tokenizer, data.max_bytes, arguments.overwrite)
+    print(f"{size} entries in {data.tokenizer}")
+
+
+def _batch(arguments: Any) -> None:
+    from moe_jax.data.commands import inspect_batch
+    from moe_jax.data.tokenizer import Tokenizer
+
+    cfg = configs.load(arguments.config, arguments.overrides)
+    tokenizer = Tokenizer.load(cfg.data.tokenizer)
+    if not 0 <= arguments.row < cfg.data.global_batch_size or arguments.batch < 0:
+        raise UserError(f"--row must lie below data.global_batch_size {cfg.data.global_batch_size}")
+    color = sys.stdout.isatty()
+    print(inspect_batch(cfg.data, tokenizer, arguments.batch, arguments.row, color))
+
+
+def _write(arguments: Any, result: dict[str, Any]) -> None:
+    if arguments.json:
+        write_json(arguments.json, result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""What a run tells: one JSON line a step, TensorBoard, and a progress bar (plain lines where there is no terminal).
+
+The JSON lines are the record. A line is written before the checkpoint of its step, and a resumed run cuts the lines
+past its checkpoint, so that every step stands there exactly once whenever the run is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from moe_jax.config import RunConfig
+from moe_jax.files import write_bytes
+from moe_jax.flops import peak_flops, train_flops_per_token
+from moe_jax.train.tensorboard import EventFile
+
+_PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
+
+
+def load_statistics(counts_LE: np.ndarray) -> tuple[list[float], list[float]]:
+    """Per layer, from routed tokens per expert: (max over mean, entropy over its maximum); 1 is perfect balance."""
+    counts = np.asarray(counts_LE, np.float64)
+    if counts.ndim != 2:
+        return [], []
+    share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
+    entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(-1)
+    experts = counts.shape[-1]
+    return (share.max(-1) * experts).tolist(), (entropy / math.log(max(experts, 2))).tolist()
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The step lines of a run, in order of the steps."""
+    return [line for line in _read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
+
+
+class Metrics:
+    """The log of one run folder, opened at `step` (the steps already done); closes as a context manager."""
+
+    def __init__(self, run_dir: Path, cfg: RunConfig, step: int, devices: list[jax.Device]) -> None:
+        self._cfg = cfg
+        path = run_dir / "metrics.jsonl"
+        kept = [line for line in _read_lines(path) if line["step"] <= step]
+        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = path.open("a", buffering=1)
+        self._board = EventFile(run_dir / "tensorboard", step + 1)
+        # Fake CPU devices share one processor, whose peak must count once.
+        count = 1 if devices[0].platform == "cpu" else len(devices)
+        self._peak = peak_flops(devices[0]) * count
+        self._flops = train_flops_per_token(cfg.model, cfg.data.seq_len)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=cfg.steps, initial=step, desc=cfg.stage, unit="step", disable=not terminal
+        )
+        self._plain, self._printed, self._rate = not terminal, -math.inf, 0.0
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for part in (self._bar, self._board, self._file):
+            part.close()
+
+    def log(
+        self, step: int, values: dict[str, Any], seconds: float, real: int, trained: float
+    ) -> None:
+        """One step line.
+
+        Args:
+            step: optimizer steps done.
+            values: the step's metrics on the host.
+            seconds: wall time per step since the last line.
+            real: tokens per step since the last line, padding left out; they give tokens/s and MFU.
+            trained: loss-bearing tokens of all steps since the last line.
+        """
+        speed = real / seconds
+        mfu = speed * self._flops / self._peak
+        load, entropy = load_statistics(values["counts_LE"])
+        names = ("loss", "learning_rate", "grad_norm", "z_loss", "aux_loss")
+        line = {"step": step, "stage": self._cfg.stage} | {k: float(values[k]) for k in names}
+        line |= {"tokens": int(trained), "tokens_per_second": speed, "seconds": seconds}
+        line |= {"mfu": mfu if math.isfinite(mfu) else None}
+        line |= {"load_max_over_mean": load, "load_entropy": entropy}
+        line |= {"dropped": np.asarray(values["dropped_L"]).tolist()}
+        counts = {}
+        if step % self._cfg.checkpoint.every_steps == 0 or step == self._cfg.steps:
+            counts["expert_tokens"] = np.asarray(
+                values["counts_LE"]
+            ).tolist()  # too long for every line
+        self._file.write(json.dumps(line | counts) + "\n")
+        points = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+        for name, values_L in line.items():
+            if isinstance(values_L, list):
+                points |= {f"{name}/layer_{i:02d}": v for i, v in enumerate(values_L)}
+        self._board.scalars(step, points)
+        self._show(step, line)
+
+    def event(self, name: str, step: int, **fields: Any) -> None:
+        """A line about the run itself: start, end, non_finite."""
+        self._file.write(
+            json.dumps({"event": name, "step": step, "time": time.time(), **fields}) + "\n"
+        )
+
+    def _show(self, step: int, line: dict[str, Any]) -> None:
+        self._bar.set_postfix(
+            loss=f"{line['loss']:.3f}", tok_s=f"{line['tokens_per_second']:,.0f}", refresh=False
+        )
+        self._bar.update(step - self._bar.n)
+        seconds = line["seconds"]
+        self._rate = 0.9 * self._rate + 0.1 * seconds if self._rate else seconds
+        left = (self._cfg.steps - step) * self._rate
+        if self._plain and (
+            time.monotonic() - self._printed > _PLAIN_SECONDS or step == self._cfg.steps
+        ):
+            self._printed = time.monotonic()
+            minutes = f"{int(left) // 60}:{int(left) % 60:02d} left"
+            print(
+                f"{self._cfg.stage} {step}/{self._cfg.steps} loss {line['loss']:.4f} "
+                f"{line['tokens_per_second']:,.0f} tokens/s {minutes}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines only: a kill may cut the last one."""
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,78 @@
+"""TensorBoard event files, without TensorFlow or PyTorch (the usual writers import PyTorch where they find it).
+
+A file is a sequence of TFRecords (length, masked CRC, payload, masked CRC) whose payloads are `Event` messages; of
+protocol buffers only the few wire types of scalars are needed.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from pathlib import Path
+
+_SESSION_START = b"\x08\x01"  # SessionLog { status: START }
+
+
+class EventFile:
+    """Scalars into a new event file; TensorBoard forgets what older files hold from `first_step` on."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / f"events.out.tfevents.{time.time_ns()}").open("wb")
+        self._write(_bytes_field(3, b"brain.Event:2"))
+        self._write(b"\x10" + _varint(first_step) + _bytes_field(7, _SESSION_START))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One event with a point of each curve."""
+        summary = b"".join(
+            _bytes_field(1, _bytes_field(1, tag.encode()) + b"\x15" + struct.pack("<f", value))
+            for tag, value in values.items()
+        )
+        self._write(b"\x10" + _varint(step) + _bytes_field(5, summary))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; every event was flushed already."""
+        self._file.close()
+
+    def _write(self, fields: bytes) -> None:
+        event = b"\x09" + struct.pack("<d", time.time()) + fields
+        length = struct.pack("<Q", len(event))
+        crcs = [struct.pack("<I", _masked(crc32c(part))) for part in (length, event)]
+        self._file.write(length + crcs[0] + event + crcs[1])
+
+
+def crc32c(data: bytes) -> int:
+    """The Castagnoli checksum."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF
+
+
+def _table() -> list[int]:
+    table = []
+    for byte in range(256):
+        for _ in range(8):
+            byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)
+        table.append(byte)
+    return table
+
+
+_TABLE = _table()
+
+
+def _masked(crc: int) -> int:
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _bytes_field(number: int, data: bytes) -> bytes:
+    return bytes([number << 3 | 2]) + _varint(len(data)) + data

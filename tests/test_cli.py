@@ -1,0 +1,180 @@
+"""Each command teaches with --help, and each bad input ends in one sentence and status 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import configs
+import launch.__main__
+from moe_jax.__main__ import main
+from moe_jax.files import write_bytes
+
+CONFIG = "demo_pretrain"
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch):
+    """Training in this process must not tell the children of later tests where to keep programs."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+
+
+def sentence(capsys, *words: str, entry=main) -> str:
+    """The one line on standard error of a command that must end with status 2."""
+    assert entry(list(words)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_help_teaches_without_importing_jax():
+    code = "import sys; from moe_jax.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'jax', 'flax', 'torch'} & set(sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    for word in (
+        "tokenizer",
+        "train",
+        "evaluate",
+        "generate",
+        "python -m moe_jax train CONFIG --run",
+    ):
+        assert word in result.stdout
+
+
+def test_training_imports_neither_torch_nor_litert():
+    code = "import sys, moe_jax.train.stages, moe_jax.train.evaluate, moe_jax.generate\n"
+    code += "bad = [m for m in sys.modules if m.split('.')[0] in ('torch', 'ai_edge_litert', 'litert_torch')]\n"
+    code += "assert not bad, bad"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["configs", "train", "params", "evaluate", "generate", "tokenizer", "batch"]
+)
+def test_each_command_has_an_example(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"Example:\n  python -m moe_jax {command}" in capsys.readouterr().out
+
+
+def test_configs_are_listed_with_their_purpose(capsys):
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(configs.registered())
+
+
+def test_params_are_written_as_json_too(capsys, tmp_path):
+    assert main(["params", CONFIG, "--json", str(tmp_path / "p.json"), "model.num_layers=2"]) == 0
+    result = json.loads((tmp_path / "p.json").read_text())
+    assert f"{result['active']:,} active" in capsys.readouterr().out
+    assert 0 < result["active"] < result["total"] and result["train_flops_per_token"] > 0
+
+
+def test_unknown_configs_and_options_suggest_the_nearest(capsys, tmp_path):
+    run = ["--run", str(tmp_path / "run")]
+    assert "did you mean 'demo_pretrain'" in sentence(capsys, "train", "demo_pretrian", *run)
+    assert "did you mean 'data.seq_len'" in sentence(capsys, "train", CONFIG, *run, "data.seqlen=3")
+    assert "a whole number" in sentence(capsys, "train", CONFIG, "steps=soon", *run)
+    assert "cannot be read as JSON" in sentence(capsys, "params", str(tmp_path / "no.json"))
+    launched = sentence(capsys, "local", CONFIG, *run, "setps=1", entry=launch.__main__.main)
+    assert "did you mean 'steps'" in launched
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("model.num_heads=5", "num_heads 5 is not a multiple"),
+        (
+            "quant=default model.moe.expert_width=40",
+            "is not a multiple of the quantisation group 32",
+        ),
+        ("mesh.data=7", "does not fit"),
+        ("data.sources.0.path=nowhere/*.txt", "nowhere"),
+        ("data.sources.0.path=EMPTY", "empty"),
+        ("data.sources.0.path=LATIN1", "UTF-8"),
+        ("data.sources.0.path=SHORT", "less than one batch"),
+        ("data.tokenizer=nowhere.json", "no tokenizer at nowhere.json"),
+        ("data.tokenizer=LATIN1", "no sound tokenizer.json"),
+        ("model.vocab_size=64", "set model.vocab_size to 262"),
+        ("init_from=nowhere", "no complete checkpoint"),
+    ],
+)
+def test_bad_training_input_is_refused_before_anything_is_written(
+    capsys, tmp_path, small_tokenizer, override, words
+):
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "LATIN1").write_bytes("é".encode("latin-1") * 99)
+    (tmp_path / "SHORT").write_text("a few words")
+    files = {name: str(tmp_path / f"{name}.txt") for name in ("EMPTY", "LATIN1", "SHORT")}
+    for name, path in files.items():
+        (tmp_path / name).rename(path)
+        override = override.replace(f"={name}", f"={path}")
+    (tmp_path / "text.txt").write_text("some words to train on\n" * 2000)
+    options = [f"data.sources.0.path={tmp_path / 'text.txt'}", f"data.tokenizer={small_tokenizer}"]
+    options += ["data.seq_len=64", "data.global_batch_size=8", "data.cache_dir=", "mesh.fsdp=-1"]
+    options += override.split()
+    error = sentence(capsys, "train", CONFIG, "--run", str(tmp_path / "run"), *options)
+    assert words in error, error
+    assert not (tmp_path / "run/config.json").exists()
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text("some words to train on\n" * 50)
+    options = [f"data.sources.0.path={folder / 'text.txt'}", "model.vocab_size=262"]
+    path = folder / "tokenizer.json"
+    assert main(["tokenizer", CONFIG, *options, f"data.tokenizer={path}"]) == 0
+    return path
+
+
+def test_an_existing_tokenizer_is_kept(capsys, small_tokenizer):
+    before = small_tokenizer.read_bytes()
+    assert "overwrite" in sentence(capsys, "tokenizer", CONFIG, f"data.tokenizer={small_tokenizer}")
+    assert small_tokenizer.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["generate", "--prompt", "x"]])
+def test_a_run_without_a_checkpoint_is_refused(capsys, tmp_path, command):
+    assert "train it first" in sentence(capsys, *command, str(tmp_path))
+
+
+def test_bad_sampling_options_are_refused(capsys, tmp_path):
+    for option in ("--top-p=0", "--temperature=-1", "--max-tokens=0"):
+        assert "--top-p" in sentence(capsys, "generate", str(tmp_path), "--prompt", "x", option)
+
+
+def test_unknown_words_are_refused():
+    for words in (["train", CONFIG, "--run", "r", "--fast"], ["configs", "a=b"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+
+
+def test_a_full_disk_is_one_sentence(capsys, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device", str(tmp_path / "p.json"))
+
+    monkeypatch.setattr("moe_jax.files.write_bytes", full)
+    assert main(["params", CONFIG, "--json", str(tmp_path / "p.json")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path):
+    write_bytes(tmp_path / "a/b.json", b"old")
+    with pytest.raises(TypeError):
+        write_bytes(tmp_path / "a/b.json", "no bytes")  # type: ignore[arg-type]
+    assert (tmp_path / "a/b.json").read_bytes() == b"old"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"]

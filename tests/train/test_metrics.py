@@ -1,0 +1,86 @@
+"""The record of a run: one line a step, honest load statistics, readable event files."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+
+import jax
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_jax.flops import train_flops_per_token
+from moe_jax.train.metrics import Metrics, load_statistics, read_metrics
+from moe_jax.train.tensorboard import crc32c
+
+
+@given(st.lists(st.lists(st.integers(0, 1000), min_size=4, max_size=4), min_size=1, max_size=3))
+def test_load_statistics_lie_between_balance_and_collapse(counts):
+    load, entropy = load_statistics(np.array(counts))
+    for layer, row in enumerate(counts):
+        if sum(row) == 0:
+            assert load[layer] == entropy[layer] == 0
+            continue
+        assert math.isclose(load[layer], max(row) / (sum(row) / 4))
+        assert -1e-9 <= entropy[layer] <= 1 + 1e-9
+        assert (entropy[layer] > 1 - 1e-9) == (max(row) - min(row) == 0) or max(row) - min(row) < 3
+
+
+def test_load_statistics_of_a_dense_model_are_empty():
+    assert load_statistics(np.zeros(0)) == ([], [])
+
+
+def test_finished_run_has_a_line_for_every_step(tiny, finished):
+    lines = read_metrics(finished)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    for line in lines:
+        assert line["stage"] == "pretrain" and line["dropped"] == [0]
+        assert 0 < line["tokens"] <= tiny.cfg.tokens_per_step
+        assert len(line["load_max_over_mean"]) == len(line["load_entropy"]) == 1
+        assert 1 <= line["load_max_over_mean"][0] <= 4
+
+
+def test_mfu_is_model_flops_over_the_peak(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_jax.train.metrics.peak_flops", lambda _: 1e9)
+    values = dict.fromkeys(("loss", "learning_rate", "grad_norm", "z_loss", "aux_loss"), 1.0)
+    values |= {"counts_LE": np.array([[1, 2, 3, 2]]), "dropped_L": np.array([7])}
+    with Metrics(tmp_path, tiny.cfg, 0, [jax.devices()[0]] * 8) as metrics:
+        metrics.log(1, values, seconds=0.5, real=100, trained=90.0)
+    (line,) = read_metrics(tmp_path)
+    assert line["tokens_per_second"] == 200 and line["tokens"] == 90 and line["dropped"] == [7]
+    # Eight fake devices are one processor.
+    assert math.isclose(line["mfu"], 200 * train_flops_per_token(tiny.cfg.model, 32) / 1e9)
+    assert line["load_max_over_mean"] == [1.5]
+
+
+def test_reopening_cuts_later_and_torn_lines(tiny, tmp_path):
+    rows = [{"step": 1, "loss": 1.0}, {"event": "start", "step": 1}, {"step": 2, "loss": 2.0}]
+    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    with Metrics(tmp_path, tiny.cfg, 1, jax.devices()[:1]) as metrics:
+        metrics.event("start", 1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("event") for line in lines] == [None, "start", "start"]
+
+
+def test_event_file_has_whole_records_with_sound_checksums(finished):
+    assert crc32c(b"123456789") == 0xE3069283
+    (path,) = (finished / "tensorboard").iterdir()
+    data, records = path.read_bytes(), []
+    while data:
+        length = struct.unpack("<Q", data[:8])[0]
+        record, crc = (
+            data[12 : 12 + length],
+            struct.unpack("<I", data[12 + length : 16 + length])[0],
+        )
+        unmasked = (crc - 0xA282EAD8) & 0xFFFFFFFF
+        assert (unmasked >> 17 | unmasked << 15) & 0xFFFFFFFF == crc32c(record)
+        records.append(record)
+        data = data[16 + length :]
+    assert len(records) == 2 + 12
+    for name in (b"loss", b"mfu", b"grad_norm", b"load_entropy/layer_00", b"dropped/layer_00"):
+        assert all(name in record for record in records[2:])

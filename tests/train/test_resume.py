@@ -1,0 +1,141 @@
+"""Whatever stops a run, its successor repeats the lost steps bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from moe_jax.parallel.mesh import single_device_mesh
+from moe_jax.train import trainer
+from moe_jax.train.checkpoint import Checkpoints, complete_steps, load_parameters
+from moe_jax.train.metrics import Metrics, read_metrics
+from moe_jax.train.state import abstract_state
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(run)]
+
+
+def starts(run: Path) -> list[int]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if line.get("event") == "start"]
+
+
+def final_bytes(tiny, run: Path) -> list[bytes]:
+    """Every leaf of the last checkpoint: parameters, biases, moments, PRNG, step."""
+    state, _ = Checkpoints(run, 1).restore(abstract_state(tiny.cfg, single_device_mesh()))
+    state.rng = jax.random.key_data(state.rng)
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def test_run_killed_twice_equals_the_uninterrupted_run_bit_for_bit(tiny, finished, tmp_path):
+    run = tmp_path / "run"
+    script = Path(__file__).with_name("killed.py")
+    for where, step, status in (
+        ("log", 7, -signal.SIGKILL),
+        ("save", 8, -signal.SIGKILL),
+        ("none", 0, 0),
+    ):
+        command = [sys.executable, script, tiny.root / "config.json", run, where, str(step)]
+        result = subprocess.run(command, env=tiny.env, capture_output=True, text=True, check=False)
+        assert result.returncode == status, result.stderr
+        if where == "save":  # the kill left a half-written checkpoint and it does not count
+            assert complete_steps(run) == [4]
+            assert any("tmp" in path.name for path in (run / "checkpoints").iterdir())
+    assert starts(run) == [0, 4, 4]
+    assert losses(run) == losses(finished)
+    assert final_bytes(tiny, run) == final_bytes(tiny, finished)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["12", "8"]
+
+
+def test_second_resume_continues_the_same_batches(tiny, finished, tmp_path, monkeypatch):
+    seen: dict[int, bytes] = {}
+    put_batch, log = trainer.put_batch, Metrics.log
+
+    class Interrupted(Exception):
+        pass
+
+    def fit(stop: int) -> list[bytes]:
+        batches: list[bytes] = []
+
+        def put(batch, mesh):
+            batches.append(batch["tokens"].tobytes())
+            return put_batch(batch, mesh)
+
+        def stopping_log(self, step, *args):
+            log(self, step, *args)
+            if step == stop:
+                raise Interrupted
+
+        monkeypatch.setattr(trainer, "put_batch", put)
+        monkeypatch.setattr(Metrics, "log", stopping_log)
+        try:
+            tiny.fit(tmp_path / "run")
+        except Interrupted:
+            time.sleep(0.5)  # let the save under way end, so that the next start is known
+        return batches
+
+    for start, stop in ((0, 5), (4, 9), (8, 12)):
+        for index, batch in enumerate(fit(stop), start + 1):
+            assert seen.setdefault(index, batch) == batch
+    assert starts(tmp_path / "run") == [0, 4, 8]
+    assert sorted(seen) == list(range(1, 13)) and len(set(seen.values())) == 12
+    assert losses(tmp_path / "run") == losses(finished)
+
+
+def test_finished_run_started_again_does_nothing(tiny, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "checkpoints/12/sizes.json").stat().st_mtime_ns
+    tiny.fit(run)
+    assert (run / "checkpoints/12/sizes.json").stat().st_mtime_ns == before
+    assert losses(run) == losses(finished)
+
+
+def launch(tiny, run: Path, *options: str) -> subprocess.Popen:
+    command = ["-m", "launch", "local", str(tiny.root / "config.json"), "--run", str(run), *options]
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=tiny.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_launcher_restarts_a_killed_trainer_on_two_devices_from_its_checkpoint(
+    tiny, finished, tmp_path
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/12")  # as a kill after the save of step 8 would have left it
+    launcher = launch(tiny, run, "--max-restarts", "1", "--devices", "2")
+    deadline = time.monotonic() + 200
+    while len(starts(run)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)  # it resumed and is still compiling
+    output, _ = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, output
+    assert "[launch] training was killed by SIGKILL; restarting\n[train 1]" in output
+    assert starts(run) == [0, 8, 8]
+    np.testing.assert_allclose(np.array(losses(run)), np.array(losses(finished)), rtol=1e-4)
+    theirs = load_parameters(finished)[1]
+    for name, leaf in load_parameters(run)[1].items():
+        np.testing.assert_allclose(leaf, theirs[name], atol=1e-3, err_msg=name)
+
+
+def test_launcher_does_not_restart_what_the_user_must_mend(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    launcher = launch(tiny, tmp_path / "run")
+    output, _ = launcher.communicate(timeout=200)
+    assert launcher.returncode == 2
+    assert output.count("[train 0] error: ") == 1 and "[train 1]" not in output
