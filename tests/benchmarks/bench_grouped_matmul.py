@@ -1,6 +1,6 @@
 """Grouped matmul on CPU against `lax.ragged_dot`: forward and backward, one run, ratios.
 
-    python -m tests.benchmarks.bench_grouped_matmul [--json PATH]
+python -m tests.benchmarks.bench_grouped_matmul [--json PATH]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +47,16 @@ def main() -> None:
         "tile loop": lambda x, w: grouped_matmul(x, w, sizes, implementation="tiles"),
         "one dense product": lambda x, w: x @ w[0],
     }
-    results = {}
+    results: dict[str, Any] = {}
     for name, form in forms.items():
         repeats = args.repeats if name == "lax.ragged_dot" else 5 * args.repeats
         forward = seconds(jax.jit(form), lhs, rhs, repeats=repeats)
         gradient = jax.jit(jax.value_and_grad(lambda x, w, f=form: (f(x, w) ** 2).sum(), (0, 1)))
         both = seconds(gradient, lhs, rhs, repeats=repeats)
-        results[name] = {"forward_gflops": flops / forward / 1e9, "both_gflops": 3 * flops / both / 1e9}
+        results[name] = {
+            "forward_gflops": flops / forward / 1e9,
+            "both_gflops": 3 * flops / both / 1e9,
+        }
         print(f"{name:18s} forward {flops / forward / 1e9:7.1f} GFLOP/s, "
               f"forward + backward {3 * flops / both / 1e9:7.1f} GFLOP/s")  # fmt: skip
     for what in ("forward", "both"):

@@ -1,0 +1,5 @@
+"""From a QAT checkpoint to files that phones run: PyTorch tensors in INT4, a .tflite, a .litertlm.
+
+The way is checkpoint -> keymap -> weights -> torch_model -> litert; every code and scale of the checkpoint
+arrives unchanged.
+"""

@@ -1,0 +1,5 @@
+"""Files for the stock LiteRT runtime.
+
+`flatbuffer.py` reads, edits and writes `.tflite` files; `experts.py` writes a sparse mixture of INT4 experts
+with builtin ops only; the modules beside them lower the model and wrap it for LiteRT-LM.
+"""

@@ -1,0 +1,335 @@
+"""Sparse INT4 experts out of builtin ops: what a token does not select is neither computed nor read.
+
+Decode is a chain of one IF per expert. Prefill sorts the (token, choice) pairs by expert, runs every expert
+on tiles of its own tokens, and loops over what is left of overfull experts: no routing drops a token or
+computes an expert on all of them. An expert is one subgraph per tile size; all of them share its weights.
+
+T tokens, D model, F expert width, E experts, K choices a token, R = T*K routed pairs, C rows of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from conversion.int4 import Int4
+from conversion.litert.flatbuffer import Graph, Kind, Model, Out, Stored
+
+F32, I32, BOOL = "float32", "int32", "bool"
+# XNNPACK's AVX-512 kernel takes 14 rows at once: 2 rows cost what 14 do, 16 cost twice as much, and 1 row,
+# which has its own kernel, half. Chosen on x86; Arm was not measured.
+_TILES = (4, 8, 14, 28)
+_FEW = 2.5  # mean rows of an expert up to which single rows beat tiles
+
+
+class Experts:
+    """One layer's experts in a file: weights stored once, subgraphs made once per tile size."""
+
+    def __init__(
+        self, model: Model, gate_up: Int4, down: Int4, activation: str, name: str = "experts"
+    ) -> None:
+        """Codes of `gate_up` are [E, 2F, D], gate rows first, of `down` [E, D, F]; E >= 2."""
+        if activation not in ("silu", "gelu_tanh"):
+            raise ValueError(f"activation {activation!r} is neither silu nor gelu_tanh")
+        self.model, self.activation, self.name = model, activation, name
+        self.width = down.codes.shape[1]
+
+        def store(codes: np.ndarray, scales: np.ndarray) -> Stored:
+            return model.store(Int4(codes, scales))
+
+        self._weights = [
+            (store(gate_up.codes[e], gate_up.scales[e]), store(down.codes[e], down.scales[e]))
+            for e in range(len(gate_up.codes))
+        ]
+        self._leaves: dict[int, list[Graph]] = {}
+        self._skips: dict[int, Graph] = {}
+        self._groups: dict[int, list[Graph]] = {}
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def graph(self, name: str, *inputs: Kind) -> tuple[Graph, list[int]]:
+        """A new subgraph and its inputs."""
+        g = self.model.graph(f"{self.name}/{name}")
+        return g, [g.input(*i) for i in inputs]
+
+    def add_if(
+        self, g: Graph, cond: int, e: int, total: int, x: int, scales: int, out: int | None = None
+    ) -> int:
+        """Append: total + scales[e] * expert e(x) if `cond` [] holds, else total; x [1, D], scales [E, 1]."""
+        leaf, skip = self._branches(1, e)
+        return _if(g, cond, [total, x, scales], leaf, skip, g.like(x) if out is None else out)
+
+    def set_if(self, g: Graph, cond: int, e: int, total: int, x: int) -> int:
+        """Append: expert e(x) if `cond` [] holds, else total; x [C, D]."""
+        leaf, skip = self._branches(g.shape(x)[0], e)
+        ones = [g.const(np.ones((len(self), 1), np.float32))] if g.shape(x)[0] == 1 else []
+        return _if(g, cond, [total, x, *ones], leaf, skip, g.like(x))
+
+    def run(self, g: Graph, e: int, x: int) -> int:
+        """Append: expert(x) for an id [] known at run time; x [C, D].
+
+        An IF per group of experts, then one per expert of the group. A binary tree was no faster (0.2 ms a
+        tile of 14 rows at E=60, D=768, either way): entering a branch prepares all IFs inside it anew.
+        """
+        size = math.isqrt(len(self) - 1) + 1
+        number = g.add("FLOOR_DIV", [e, g.const(np.int32(size))], ((), I32))
+        rows, row = g.shape(x)[0], g.like(x)
+        if rows not in self._groups:
+            self._groups[rows] = [self._group(row, i, size) for i in range(0, len(self), size)]
+            none, (_, total, _) = self.graph(f"no_group_x{rows}", ((), I32), row, row)
+            none.outputs = [total]
+            self._groups[rows].append(none)
+        *groups, skip = self._groups[rows]
+        y = g.const(np.zeros(row[0], np.float32))
+        for i, group in enumerate(groups):
+            mine = g.add("EQUAL", [number, g.const(np.int32(i))], ((), BOOL))
+            y = _if(g, mine, [e, y, x], group, skip, row)
+        return y
+
+    def _group(self, row: Kind, start: int, size: int) -> Graph:
+        name = f"from_{start}_x{row[0][0]}"
+        g, (e, y, x) = self.graph(name, ((), I32), row, row)
+        for i in range(start, min(start + size, len(self))):
+            y = self.set_if(g, g.add("EQUAL", [e, g.const(np.int32(i))], ((), BOOL)), i, y, x)
+        g.outputs = [y]
+        return g
+
+    def _branches(self, rows: int, e: int) -> tuple[Graph, Graph]:
+        """The subgraphs that an IF on expert e takes and skips to."""
+        if rows not in self._leaves:
+            row = ((rows, self.width), F32)
+            # Single rows add up in decode's chain, and find their scale themselves: 60 tensors of one scale
+            # each would cost 12 us a token. Prefill weighs its tiles where it combines them.
+            inputs = (row, row, ((len(self), 1), F32)) if rows == 1 else (row, row)
+            leaves = [self.graph(f"{i}_x{rows}", *inputs) for i in range(len(self))]
+            for i, (g, (total, x, *scales)) in enumerate(leaves):
+                y = feed_forward(g, x, self._weights[i], self.activation)
+                if scales:
+                    one = ((1, 1), F32)
+                    scale = g.add("SLICE", [*scales, g.const([i, 0]), g.const([1, 1])], one)
+                    y = g.add("ADD", [total, g.add("MUL", [y, scale], row)], row)
+                g.outputs = [y]
+            self._leaves[rows] = [g for g, _ in leaves]
+            self._skips[rows], (total, *_) = self.graph(f"skip_x{rows}", *inputs)
+            self._skips[rows].outputs = [total]
+        return self._leaves[rows][e], self._skips[rows]
+
+
+def feed_forward(g: Graph, x: int, weights: tuple[Stored, Stored], activation: str) -> int:
+    """x [T, D] through one gated feed-forward, weights gate|up [2F, D] and down [D, F]: [T, D]."""
+    gate_up, down = weights
+    h = g.fully_connected(x, g.int4(gate_up, "gate_up"))
+    rows, double = g.shape(h)
+    half = ((rows, double // 2), F32)
+    gate, up = g.add("SPLIT", [g.const(np.int32(1)), h], half, half, numSplits=2)
+    if activation == "silu":
+        gate = g.add("MUL", [gate, g.add("LOGISTIC", [gate], half)], half)
+    else:
+        gate = g.add("GELU", [gate], half, approximate=True)
+    return g.fully_connected(g.add("MUL", [gate, up], half), g.int4(down, "down"))
+
+
+def expand(
+    g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None
+) -> int:
+    """Append y [T, D] = sum over k of weights[t, k] * expert_{ids[t, k]}(x[t]) to `g`.
+
+    x [T, D] float32, ids [T, K] int32 in [0, E), weights [T, K] float32, T static; `out` is an existing
+    tensor for y. An expert that a token chooses twice counts twice.
+    """
+    form = expand_decode if g.shape(x)[0] == 1 else expand_prefill
+    return form(g, experts, x, ids, weights, out)
+
+
+def expand_decode(
+    g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None
+) -> int:
+    """`expand` for T = 1: a chain of E IFs that hands the sum on; only the chosen experts run.
+
+    An expert of weight 0 is not run. At E=60, K=4 an IF not taken costs 0.4 us; IFs over groups of experts
+    were no faster, because entering a branch makes the runtime prepare the branch's own IFs anew.
+    """
+    n, k = len(experts), g.shape(ids)[1]
+    ids = _reshape(g, ids, k)
+    on, off = g.const(np.float32(1)), g.const(np.float32(0))
+    chosen = g.add("ONE_HOT", [ids, g.const(np.int32(n)), on, off], ((k, n), F32), axis=-1)
+    spread = g.add("MUL", [chosen, _reshape(g, weights, k, 1)], ((k, n), F32))
+    scales = g.add("SUM", [spread, g.const([0])], ((n,), F32))
+    chosen = _unpack(g, g.add("NOT_EQUAL", [scales, off], ((n,), BOOL)))
+    scales = _reshape(g, scales, n, 1)
+    y = g.const(np.zeros((1, experts.width), np.float32))
+    for e in range(n):
+        last = out if e + 1 == n else None
+        y = experts.add_if(g, chosen[e], e, y, x, scales, last)
+    return y
+
+
+def tiling(tokens: int, choices: int, experts: int) -> tuple[int, int]:
+    """(C, J): rows of a tile, and the tiles that every expert has before it counts as overfull.
+
+    J*C leaves about 1.8 standard deviations of a uniform routing above the mean load.
+    """
+    mean = tokens * choices / experts
+    need = min(mean + 1.8 * math.sqrt(mean), tokens)
+    rows = min([c for c in _TILES if c >= need], default=_TILES[-1]) if mean > _FEW else 1
+    return rows, math.ceil(need / rows)
+
+
+def expand_prefill(
+    g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None
+) -> int:
+    """`expand` for T > 1: J tiles of C of its own tokens for every expert, then a loop for the overfull."""
+    tokens, choices = g.shape(ids)
+    n, width, routed = len(experts), experts.width, tokens * choices
+    rows, tiles = tiling(tokens, choices, n)
+    capacity, size = rows * tiles, routed + n
+    ids = _reshape(g, ids, routed)
+
+    # Sort the pairs by (expert, token), with a marker in front of every expert: the integer keys are unique,
+    # so no tie is left to the runtime. `order` lists pairs and, as numbers from R on, markers; `rank` is
+    # its inverse. The pairs of expert e lie at the positions first[e] .. beyond[e] - 1 of the order.
+    key = g.add("MUL", [ids, g.const(np.int32(-routed - 1))], ((routed,), I32))
+    key = g.add("SUB", [key, g.const(np.arange(1, routed + 1, dtype=np.int32))], ((routed,), I32))
+    markers = g.const(-(routed + 1) * np.arange(n, dtype=np.int32))
+    order = _argsort_descending(g, g.add("CONCATENATION", [key, markers], ((size,), I32), axis=0))
+    rank = _argsort_descending(g, g.add("NEG", [order], ((size,), I32)))
+    lengths = g.const([routed, n])
+    kinds = ((routed,), I32), ((n,), I32)
+    rank, marker = g.add("SPLIT_V", [rank, lengths, g.const(np.int32(0))], *kinds, numSplits=2)
+    first = g.add("ADD", [marker, g.const(np.int32(1))], ((n,), I32))
+    beyond = g.add("SLICE", [marker, g.const([1]), g.const([n - 1])], ((n - 1,), I32))
+    beyond = g.add("CONCATENATION", [beyond, g.const([size])], ((n,), I32), axis=0)
+    count = g.add("SUB", [beyond, first], ((n,), I32))
+
+    # By position: token and weight. A marker repeats the last pair, but is only ever read as padding.
+    pair = g.add("MINIMUM", [order, g.const(np.int32(routed - 1))], ((size,), I32))
+    token = g.add("FLOOR_DIV", [pair, g.const(np.int32(choices))], ((size,), I32))
+    scale = g.add("GATHER", [_reshape(g, weights, routed), pair], ((size,), F32))
+
+    # Tiles. Rows past an expert's last pair repeat other pairs; nothing fetches what becomes of them.
+    steps = g.const(np.arange(capacity, dtype=np.int32)[None])
+    at = g.add("ADD", [_reshape(g, first, n, 1), steps], ((n, capacity), I32))
+    at = g.add("MINIMUM", [at, g.const(np.int32(size - 1))], ((n, capacity), I32))
+    tile_token = _unpack(g, _reshape(g, _take(g, token, at), n * tiles, rows))
+    starts = g.const(rows * np.arange(tiles, dtype=np.int32)[None])
+    used = g.add("GREATER", [_reshape(g, count, n, 1), starts], ((n, tiles), BOOL))
+    used = _unpack(g, _reshape(g, used, n * tiles))
+    zeros = g.const(np.zeros((rows, width), np.float32))
+    done = []
+    for i in range(n * tiles):
+        tile = _take(g, x, tile_token[i])
+        done.append(experts.set_if(g, used[i], i // tiles, zeros, tile))
+
+    # Combine: every pair fetches its row; one past the capacity fetches the row of zeros at the end.
+    done.append(g.const(np.zeros((1, width), np.float32)))
+    end = n * capacity
+    table = g.add("CONCATENATION", done, ((end + 1, width), F32), axis=0)
+    place = g.add("SUB", [rank, _take(g, first, ids)], ((routed,), I32))
+    fits = g.add("LESS", [place, g.const(np.int32(capacity))], ((routed,), BOOL))
+    own = g.add("MUL", [ids, g.const(np.int32(capacity))], ((routed,), I32))
+    place = g.add("ADD", [place, own], ((routed,), I32))
+    place = g.add("SELECT_V2", [fits, place, g.const(np.int32(end))], ((routed,), I32))
+    place = _unpack(g, _reshape(g, place, tokens, choices), axis=1)
+    shares = _unpack(g, _reshape(g, weights, tokens, choices, 1), axis=1)
+    like_y = ((tokens, width), F32)
+    terms = [
+        g.add("MUL", [_take(g, table, p), w], like_y) for p, w in zip(place, shares, strict=True)
+    ]
+    terms += [g.const(np.zeros((1, width), np.float32))] if choices == 1 else []
+    never_overfull = routed <= capacity
+    y = terms[0]
+    for i, term in enumerate(terms[1:], 2):
+        last = out if never_overfull and i == len(terms) else None
+        y = g.add("ADD", [y, term], like_y if last is None else last)
+    if never_overfull:
+        return y
+    return _add_rest(g, experts, (y, x, token, scale, first, beyond), (rows, capacity), out)
+
+
+def _add_rest(
+    g: Graph, experts: Experts, state: Sequence[int], tile: tuple[int, int], out: int | None
+) -> int:
+    """y plus what the pairs past the capacity add, if there are any; state is y, x and the sorted pairs."""
+    (rows, capacity), like_n = tile, g.like(state[-1])
+    over = g.add("SUB", [state[-1], state[-2]], like_n)
+    over = g.add("SUB", [over, g.const(np.int32(capacity - rows + 1))], like_n)
+    over = g.add("MAXIMUM", [over, g.const(np.int32(0))], like_n)
+    more = g.add("FLOOR_DIV", [over, g.const(np.int32(rows))], like_n)  # tiles past the capacity
+    most = g.add("REDUCE_MAX", [more, g.const([0])], ((), I32))
+    cond = g.add("GREATER", [most, g.const(np.int32(0))], ((), BOOL))
+    state = [*state, more]
+    skip, inputs = experts.graph("no_rest", *map(g.like, state))
+    skip.outputs = inputs[:1]
+    rest, inputs = experts.graph("rest", *map(g.like, state))
+    y, x, token, scale, first, beyond, more = inputs
+    # Tile j of the loop starts at position base[e] + j*C, for the first expert e with j < ends[e].
+    ends = rest.add("CUMSUM", [more, rest.const(np.int32(0))], like_n)
+    total = rest.add("REDUCE_MAX", [ends, rest.const([0])], ((), I32))
+    base = rest.add("SUB", [more, ends], like_n)
+    base = rest.add("MUL", [base, rest.const(np.int32(rows))], like_n)
+    base = rest.add("ADD", [base, first], like_n)
+    base = rest.add("ADD", [base, rest.const(np.int32(capacity))], like_n)
+    carried = [rest.const(np.int32(0)), y, x, token, scale, base, beyond, ends, total]
+    kinds = [rest.like(t) for t in carried]
+    left, named = experts.graph("rest_left", *kinds)
+    left.outputs = [left.add("LESS", [named[0], named[-1]], ((), BOOL))]
+    step = {"condSubgraphIndex": left.index, "bodySubgraphIndex": _rest_tile(experts, kinds, rows)}
+    rest.outputs = [rest.add("WHILE", carried, *kinds, **step)[1]]
+    return _if(g, cond, state, rest, skip, out if out is not None else g.like(state[0]))
+
+
+def _rest_tile(experts: Experts, kinds: Sequence[Kind], rows: int) -> int:
+    """The loop's body: one tile of (j, y, x, token, scale, base, beyond, ends, total)."""
+    b, inputs = experts.graph("rest_tile", *kinds)
+    j, y, x, token, scale, base, beyond, ends, _ = inputs
+    size, like_n = b.shape(token)[0], b.shape(ends)
+    past = b.add("CAST", [b.add("LESS_EQUAL", [ends, j], (like_n, BOOL))], (like_n, I32))
+    e = b.add("SUM", [past, b.const([0])], ((), I32))
+    start = b.add("MUL", [j, b.const(np.int32(rows))], ((), I32))
+    start = b.add("ADD", [start, _take(b, base, e)], ((), I32))
+    at = b.add("ADD", [b.const(np.arange(rows, dtype=np.int32)), start], ((rows,), I32))
+    inside = b.add("LESS", [at, _take(b, beyond, e)], ((rows,), BOOL))
+    inside = b.add("CAST", [inside], ((rows,), F32))
+    at = b.add("MINIMUM", [at, b.const(np.int32(size - 1))], ((rows,), I32))
+    at_token, at_scale = _take(b, token, at), _take(b, scale, at)
+    at_scale = b.add("MUL", [at_scale, inside], ((rows,), F32))  # padding adds nothing
+    value = experts.run(b, e, _take(b, x, at_token))
+    value = b.add("MUL", [value, _reshape(b, at_scale, rows, 1)], b.like(value))
+    where = _reshape(b, at_token, rows, 1)
+    value = b.add("SCATTER_ND", [where, value, b.const(b.shape(y))], b.like(y))
+    y = b.add("ADD", [y, value], b.like(y))
+    j = b.add("ADD", [j, b.const(np.int32(1))], ((), I32))
+    b.outputs = [j, y, *inputs[2:]]  # unchanged inputs cost no copy
+    return b.index
+
+
+def _argsort_descending(g: Graph, keys: int) -> int:
+    kind = g.like(keys)
+    return g.add("TOPK_V2", [keys, g.const(np.int32(kind[0][0]))], kind, kind)[1]
+
+
+def _reshape(g: Graph, tensor: int, *shape: int) -> int:
+    kind = (shape, g.like(tensor)[1])
+    return g.add("RESHAPE", [tensor, g.const(shape)], kind, newShape=list(shape))
+
+
+def _take(g: Graph, table: int, ids: int) -> int:
+    """Rows of `table` along its first axis."""
+    (_, *rest), kind = g.like(table)
+    return g.add("GATHER", [table, ids], ((*g.shape(ids), *rest), kind))
+
+
+def _unpack(g: Graph, tensor: int, axis: int = 0) -> list[int]:
+    """The slices along an axis, as tensors of one rank less."""
+    shape, kind = g.like(tensor)
+    outs = [((*shape[:axis], *shape[axis + 1 :]), kind)] * shape[axis]
+    parts = g.add("UNPACK", [tensor], *outs, num=len(outs), axis=axis)
+    return list(parts) if len(outs) > 1 else [parts]
+
+
+def _if(g: Graph, cond: int, inputs: Sequence[int], then: Graph, other: Graph, out: Out) -> int:
+    options = {"thenSubgraphIndex": then.index, "elseSubgraphIndex": other.index}
+    return g.add("IF", [cond, *inputs], out, **options)

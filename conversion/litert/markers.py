@@ -1,0 +1,140 @@
+"""How the exported program reaches LiteRT: markers for INT4 work, fixed ops for the functions of `torch_ops`.
+
+A marker carries the names of its weights in its options, so no weight exists while torch exports and the
+converter runs; `conversion.litert.lower` puts the real ops and the exact integers in their place afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from litert_converter.mlir import ir as _ir
+from litert_torch.backend import lowerings
+from litert_torch.backend.lowerings import utils as lowering_utils
+from torch import Tensor
+
+from conversion import keymap, torch_ops  # noqa: F401  (its operators are lowered here)
+from moe_jax.config import ModelConfig
+
+# Importing litert_torch switches 64-bit JAX on for the whole process, training and verifying included.
+jax.config.update("jax_enable_x64", False)
+
+ir: Any = _ir  # made at run time by a native module, so types know nothing of it
+Value = Any
+
+LINEAR, EMBEDDING, EXPERTS = "moe_jax.linear", "moe_jax.embedding", "moe_jax.experts"
+
+
+class Markers:
+    """The `Ops` of conversion.torch_model that only leave markers; see there for shapes."""
+
+    def __init__(self, config: ModelConfig):
+        self._shapes = {tensor.name: tensor.shape for tensor in keymap.torch_tensors(config)}
+
+    def linear(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        """Marker of one product with the rows of all `names`."""
+        out = sum(self._shapes[name][0] for name in names)
+        return torch.ops.moe_jax.linear(x, "+".join(names), out)
+
+    def embedding(self, tokens: Tensor, name: str) -> Tensor:
+        """Marker of a lookup."""
+        return torch.ops.moe_jax.embedding(tokens, name, self._shapes[name][1])
+
+    def experts(self, h: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
+        """Marker of a layer's routed experts."""
+        return torch.ops.moe_jax.experts(h, ids, weights, name)
+
+
+@torch.library.custom_op("moe_jax::linear", mutates_args=())
+def _linear(x: Tensor, names: str, out: int) -> Tensor:
+    raise NotImplementedError("a marker is exported, never run")
+
+
+@_linear.register_fake
+def _(x: Tensor, names: str, out: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out))
+
+
+@torch.library.custom_op("moe_jax::embedding", mutates_args=())
+def _embedding(tokens: Tensor, name: str, width: int) -> Tensor:
+    raise NotImplementedError("a marker is exported, never run")
+
+
+@_embedding.register_fake
+def _(tokens: Tensor, name: str, width: int) -> Tensor:
+    return tokens.new_empty((*tokens.shape, width), dtype=torch.float32)
+
+
+@torch.library.custom_op("moe_jax::experts", mutates_args=())
+def _experts(h: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
+    raise NotImplementedError("a marker is exported, never run")
+
+
+@_experts.register_fake
+def _(h: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
+    return torch.empty_like(h)
+
+
+def _custom(lctx: Any, code: str, operands: list[Value], options: dict) -> Value:
+    payload = json.dumps(options, sort_keys=True).encode()
+    return ir.Operation.create(
+        "tfl.custom",
+        results=lowering_utils.node_meta_to_ir_types(lctx.node),
+        operands=operands,
+        attributes={
+            "custom_code": ir.StringAttr.get(code),
+            "custom_option": ir.Attribute.parse(f'#tfl<const_bytes: "0x{payload.hex()}">'),
+        },
+    ).results[0]
+
+
+@lowerings.lower(torch.ops.moe_jax.linear)
+def _lower_linear(lctx: Any, x: Value, names: str, out: int) -> Value:
+    return _custom(lctx, LINEAR, [x], {"names": names.split("+")})
+
+
+@lowerings.lower(torch.ops.moe_jax.embedding)
+def _lower_embedding(lctx: Any, tokens: Value, name: str, width: int) -> Value:
+    return _custom(lctx, EMBEDDING, [tokens], {"names": [name]})
+
+
+@lowerings.lower(torch.ops.moe_jax.experts)
+def _lower_experts(lctx: Any, h: Value, ids: Value, weights: Value, name: str) -> Value:
+    return _custom(lctx, EXPERTS, [h, ids, weights], {"names": [name]})
+
+
+def _tfl(lctx: Any, name: str, operands: list[Value], attributes: dict[str, ir.Attribute]) -> Value:
+    results = lowering_utils.node_meta_to_ir_types(lctx.node)
+    return ir.Operation.create(
+        f"tfl.{name}", results=results, operands=operands, attributes=attributes
+    ).results[0]
+
+
+@lowerings.lower(torch.ops.moe_jax.top_k)
+def _lower_top_k(lctx: Any, scores: Value, k: int) -> Value:
+    count = lowering_utils.numpy_array_constant(np.array(k, np.int32))
+    ids = lowering_utils.node_meta_to_ir_types(lctx.node)[0]
+    values = ir.RankedTensorType.get(ids.shape, ir.F32Type.get())
+    made = ir.Operation.create("tfl.topk_v2", results=[values, ids], operands=[scores, count])
+    return made.results[1]
+
+
+@lowerings.lower(torch.ops.moe_jax.product)
+def _lower_product(lctx: Any, a: Value, b: Value, transpose: bool) -> Value:
+    attributes = {"adj_x": ir.BoolAttr.get(False), "adj_y": ir.BoolAttr.get(transpose)}
+    return _tfl(lctx, "batch_matmul", [a, b], attributes)
+
+
+@lowerings.lower(torch.ops.moe_jax.rows)
+def _lower_rows(lctx: Any, table: Value, indices: Value) -> Value:
+    zero = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 0)
+    return _tfl(lctx, "gather", [table, indices], {"axis": zero, "batch_dims": zero})
+
+
+@lowerings.lower(torch.ops.moe_jax.write)
+def _lower_write(lctx: Any, cache: Value, new: Value, start: Value) -> Value:
+    return _tfl(lctx, "dynamic_update_slice", [cache, new, start], {})

@@ -1,0 +1,242 @@
+"""MobileMoE in PyTorch on INT4 weights, written once and run twice: as the reference and as what is exported.
+
+The module below holds only what stays float (norms, router, bias). Everything quantised goes through `Ops`, whose
+reference computes with the dequantised codes as XNNPACK does and whose other form (conversion.litert.markers)
+leaves a marker with the weight's name in the exported program.
+Legend: B batch, S sequence, T tokens (B*S), C cache length, D model, N query heads, G key/value heads, H head
+width, E experts, K experts per token, F expert width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from conversion import torch_ops
+from conversion.weights import Weights
+from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.model.rope import rope_frequencies
+from moe_jax.ops import fake_quant
+
+EMBEDDING = "model.embed_tokens"
+MASKED = -1e30  # added to the scores of positions that must not be seen; finite, so 0 * it is 0
+
+
+class Ops(Protocol):
+    """The primitives that touch INT4 weights, named by their tensors."""
+
+    def linear(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        """x [..., in] times the weights [out, in], one below the other: [..., sum of out]."""
+        ...
+
+    def embedding(self, tokens: Tensor, name: str) -> Tensor:
+        """Rows of the table [V, D] at int32 tokens [T]: [T, D]."""
+        ...
+
+    def experts(self, h: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
+        """Sum over k of weights [T, K] times the feed-forward of expert ids [T, K] (int32) on h [T, D]."""
+        ...
+
+
+class Cache(Protocol):
+    """Keys and values of earlier positions."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take k, v [B, G, S, H] of new positions and return those to attend to, [B, G, C, H]."""
+        ...
+
+
+class NoCache:
+    """Attend to the given positions only."""
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what came."""
+        return k, v
+
+
+class StaticCache:
+    """A cache of fixed length, written from position `first` (int32 [1]) on; `k` and `v` hold the new state."""
+
+    def __init__(self, k: list[Tensor], v: list[Tensor], first: Tensor):
+        self.k, self.v = list(k), list(v)
+        self._start = F.pad(first, (2, 1))  # positions are the third of four axes
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new positions and return the whole cache."""
+        self.k[layer] = torch_ops.write(self.k[layer], k, self._start)
+        self.v[layer] = torch_ops.write(self.v[layer], v, self._start)
+        return self.k[layer], self.v[layer]
+
+
+class Reference:
+    """Exact arithmetic of the deployed model in float32: INT4 weights, INT8 activations per row.
+
+    `int8_activations=False` leaves activations alone, which isolates the weights when two programs are compared:
+    rounding to INT8 turns a difference of one float ulp into one of a whole step now and then.
+    """
+
+    def __init__(self, weights: Weights, int8_activations: bool = True):
+        self._weights = weights
+        self._int8 = int8_activations
+        self._dense: dict[tuple[str, ...], Tensor] = {}
+
+    def linear(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        """See `Ops.linear`."""
+        return self._round(x) @ self._float(names).T
+
+    def embedding(self, tokens: Tensor, name: str) -> Tensor:
+        """See `Ops.embedding`."""
+        return self._float((name,))[tokens.long()]
+
+    def experts(self, h: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
+        """See `Ops.experts`."""
+        gate_up = self._weights.int4(f"{name}.gate_up_proj").dequantize()
+        down = self._weights.int4(f"{name}.down_proj").dequantize()
+        out = torch.zeros_like(h)
+        for expert in ids.unique().tolist():
+            rows, slot = (ids == expert).nonzero(as_tuple=True)
+            up = self._round(h[rows]) @ torch.from_numpy(gate_up[expert]).T
+            act = gated(up, self._weights.config.activation)
+            y = self._round(act) @ torch.from_numpy(down[expert]).T
+            out.index_add_(0, rows, weights[rows, slot, None] * y)
+        return out
+
+    def _float(self, names: tuple[str, ...]) -> Tensor:
+        if names not in self._dense:
+            self._dense[names] = torch.from_numpy(self._weights.fused(names).dequantize())
+        return self._dense[names]
+
+    def _round(self, x: Tensor) -> Tensor:
+        if not self._int8:
+            return x
+        codes, scale, zero = fake_quant.quantize_rows_int8(x.numpy())
+        return torch.from_numpy((codes.astype(np.float32) - zero) * scale)
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    """act(gate) * up of [..., 2F], the first F columns being the gate."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if activation == "silu":
+        return gate * torch.sigmoid(gate) * up
+    return F.gelu(gate, approximate="tanh") * up
+
+
+class MobileMoE(nn.Module):
+    """The decoder. Methods are the stages of a forward pass, so that any cache and any head can be put on."""
+
+    def __init__(self, weights: Weights, ops: Ops, length: int):
+        """`length` is the number of positions that the rotary tables cover."""
+        super().__init__()
+        self.config, self.ops = weights.config, ops
+        int4 = set(weights.int4_names())
+        for name in weights.names():
+            if name not in int4:
+                self.register_buffer(_flat(name), torch.from_numpy(weights.float(name)))
+        cos, sin = rotary_tables(weights.config, length)
+        self.register_buffer("cos", torch.from_numpy(cos))
+        self.register_buffer("sin", torch.from_numpy(sin))
+        self.register_buffer("turn", torch.from_numpy(_quarter_turn(weights.config.head_dim)))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [B, S, V] of int32 tokens [B, S] without a cache: the parity reference."""
+        length = tokens.shape[1]
+        positions = torch.arange(length, dtype=torch.int32)
+        causal = torch.full((1, 1, length, length), MASKED).triu(1)
+        return self.head(self.hidden(tokens, positions, causal, NoCache()))
+
+    def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """Normed state [B, S, D] of tokens [B, S] at int32 positions [S]; mask [1, 1, S, C] is added to scores."""
+        c = self.config
+        batch, length = tokens.shape
+        x = self.ops.embedding(tokens.reshape(-1), EMBEDDING).reshape(batch, length, c.d_model)
+        cos, sin = (torch_ops.rows(table, positions)[:, None] for table in (self.cos, self.sin))
+        # Query heads of one group become rows of one product, so the mask repeats along the rows.
+        mask = torch.cat([mask] * (c.num_heads // c.num_kv_heads), dim=2)
+        for layer in range(c.num_layers):
+            h = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")
+            x = x + self._attention(layer, h, cos, sin, mask, cache)
+            h = self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")
+            x = x + self._feed_forward(f"model.layers.{layer}.feed_forward", h)
+        return self._norm(x, "model.norm.weight")
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [..., V] of normed states [..., D]: the embedding again."""
+        return self.ops.linear(x, (EMBEDDING,))
+
+    def _attention(
+        self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache
+    ) -> Tensor:
+        c, name = self.config, f"model.layers.{layer}.self_attn"
+        n, g, width = c.num_heads, c.num_kv_heads, c.head_dim
+        batch, length, _ = x.shape
+        qkv = self.ops.linear(x, tuple(f"{name}.{part}_proj" for part in "qkv"))
+        qkv = qkv.reshape(batch, length, n + 2 * g, width)
+        qk, v = qkv[:, :, : n + g], qkv[:, :, n + g :]
+        if c.qk_norm:
+            qk = qk * self._inverse_rms(qk)
+        qk = qk * cos + (qk @ self.turn) * sin
+        q = (qk[:, :, :n] * width**-0.5).transpose(1, 2)
+        k, v = cache.update(layer, qk[:, :, n:].transpose(1, 2), v.transpose(1, 2))
+        q = q.reshape(batch, g, n // g * length, width)
+        weights = torch.softmax(torch_ops.product(q, k, True) + mask, dim=-1)
+        out = torch_ops.product(weights, v, False).reshape(batch, n, length, width).transpose(1, 2)
+        return self.ops.linear(out.reshape(batch, length, n * width), (f"{name}.o_proj",))
+
+    def _feed_forward(self, name: str, x: Tensor) -> Tensor:
+        if self.config.moe is None:
+            return self._swiglu(name, x)
+        h = x.reshape(-1, self.config.d_model)
+        ids, weights = self.route(name, h, self.config.moe)
+        y = self.ops.experts(h, ids, weights, f"{name}.experts").reshape(x.shape)
+        if self.config.moe.shared_expert_width:
+            y = y + self._swiglu(f"{name}.shared_expert", x)
+        return y
+
+    def route(self, name: str, h: Tensor, moe: MoEConfig) -> tuple[Tensor, Tensor]:
+        """Chosen experts int32 [T, K] and their weights [T, K] for h [T, D]; the bias only helps choose."""
+        logits = h @ self._float(f"{name}.router.weight").T
+        scores = torch.sigmoid(logits) if moe.score_func == "sigmoid" else logits.softmax(dim=-1)
+        biased = scores + self._float(f"{name}.expert_bias") if moe.use_expert_bias else scores
+        ids = torch_ops.top_k(biased, moe.num_experts_per_tok)
+        # One-hot instead of gather: exact (one term is not zero) and made of ops that delegates take.
+        chosen = (ids[:, :, None] == torch.arange(moe.num_experts, dtype=torch.int32)).float()
+        weights = (chosen * scores[:, None, :]).sum(dim=-1)
+        if moe.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return ids, weights * moe.routed_scaling_factor
+
+    def _swiglu(self, name: str, x: Tensor) -> Tensor:
+        gate_up = self.ops.linear(x, (f"{name}.gate_proj", f"{name}.up_proj"))
+        return self.ops.linear(gated(gate_up, self.config.activation), (f"{name}.down_proj",))
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return x * self._inverse_rms(x) * self._float(name)
+
+    def _inverse_rms(self, x: Tensor) -> Tensor:
+        return torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + self.config.norm_eps)
+
+    def _float(self, name: str) -> Tensor:
+        return getattr(self, _flat(name))
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")  # a buffer's name may hold no dot
+
+
+def rotary_tables(config: ModelConfig, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin [length, H], each value standing twice: pairs are adjacent (2i, 2i+1)."""
+    inverse = rope_frequencies(config.rope, config.head_dim)
+    angles = np.arange(length, dtype=np.float32)[:, None] * inverse
+    return np.repeat(np.cos(angles), 2, axis=1), np.repeat(np.sin(angles), 2, axis=1)
+
+
+def _quarter_turn(width: int) -> np.ndarray:
+    """The matrix that takes pairs (a, b) to (-b, a); one small product lowers better than strided slices."""
+    turn = np.zeros((width, width), np.float32)
+    even = np.arange(0, width, 2)
+    turn[even + 1, even], turn[even, even + 1] = -1, 1
+    return turn

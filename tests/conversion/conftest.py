@@ -1,0 +1,98 @@
+"""One tiny model of each kind, exported once for all tests of this folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from conversion import weights
+from conversion.litert import bundle, lower
+from conversion.weights import Weights
+from moe_jax.config import (
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    QuantConfig,
+    RunConfig,
+    SourceConfig,
+)
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.overrides import to_dict
+from moe_jax.paths import unflatten_paths
+from moe_jax.train.checkpoint import Checkpoints
+
+CONTEXT, PREFILL = 64, (8,)
+ROUTED = MoEConfig(num_experts=5, num_experts_per_tok=2, expert_width=32, shared_expert_width=64)
+MOE = ModelConfig(
+    num_layers=2,
+    d_model=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=300,
+    ffn_width=96,
+    max_position_embeddings=128,
+    moe=ROUTED,
+)
+DENSE = dataclasses.replace(MOE, moe=None)
+QAT = QuantConfig()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model and its files."""
+
+    weights: Weights
+    tflite: Path
+    bundle: Path
+    tokenizer: Tokenizer
+
+
+@pytest.fixture(scope="session", params=["moe", "dense"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Random weights with a .tflite (context 64, prefill_8, decode), a byte-level tokenizer and a .litertlm."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = weights.random({"moe": MOE, "dense": DENSE}[request.param])
+    texts = ["def add(first, second):\n    return first + second\n", "while True:\n    pass\n"] * 3
+    tokenizer = Tokenizer.train(texts, 270)
+    tokenizer.save(folder / "tokenizer.json")
+    lower.export_tflite(model, folder / "model.tflite", CONTEXT, PREFILL)
+    files = folder / "model.tflite", folder / "tokenizer.json", folder / "model.litertlm"
+    bundle.write_bundle(*files, CONTEXT)
+    return Exported(model, files[0], files[2], tokenizer)
+
+
+@pytest.fixture(scope="session")
+def run_dir(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder whose last checkpoint, of a QAT stage, is what `exported` was made of; it has held-out text."""
+    return write_run(tmp_path_factory.mktemp("run"), exported.weights.config, exported.tokenizer)
+
+
+def write_run(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer, quant: QuantConfig | None = QAT
+) -> Path:
+    """A run folder with a checkpoint of `weights.random_parameters`, as the trainer writes it."""
+    heldout = folder / "heldout.txt"
+    heldout.write_text("def add(first, second):\n    return first + second  # and on\n" * 40)
+    source = (SourceConfig(str(heldout)),)
+    run = RunConfig(
+        stage="qat" if quant else "sft",
+        model=config,
+        quant=quant,
+        data=DataConfig(sources=source, heldout=source, seq_len=CONTEXT),
+    )
+    tokenizer.save(folder / "tokenizer.json")
+    parameters = weights.random_parameters(config)
+    parts = {"params": {}, "biases": {}}
+    for path, value in parameters.items():
+        parts["biases" if path.endswith("bias") else "params"][path] = jnp.asarray(value)
+    state = {name: unflatten_paths(flat) for name, flat in parts.items()} | {"step": jnp.int32(1)}
+    checkpoints = Checkpoints(folder, keep=1)
+    stored = {"config": to_dict(run), "data": {}, "tokenizer": tokenizer.fingerprint}
+    checkpoints.save(1, state, stored)
+    checkpoints.wait()
+    return folder

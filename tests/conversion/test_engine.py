@@ -1,0 +1,108 @@
+"""Bundles in the stock LiteRT-LM engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from conversion.litert import bundle
+from conversion.litert.engine import Engine
+from conversion.torch_model import MobileMoE, Reference
+from moe_jax.data import chat
+from moe_jax.errors import UserError
+from tests.conversion.conftest import CONTEXT
+
+TEXT = "def add(first):\n    return first + 1  # and on"
+
+
+@pytest.fixture(scope="module")
+def engine(exported):
+    with Engine(exported.bundle, threads=1) as loaded:
+        yield loaded
+
+
+def logits(exported, ids: list[int]) -> np.ndarray:
+    """[S, V] of the torch model."""
+    model = MobileMoE(exported.weights, Reference(exported.weights), CONTEXT)
+    return model(torch.tensor([ids], dtype=torch.int32))[0].numpy()
+
+
+def greedy(exported, ids: list[int], count: int) -> list[int]:
+    start, stops = len(ids), {exported.tokenizer.eot, exported.tokenizer.end}
+    while len(ids) < start + count and (len(ids) == start or ids[-1] not in stops):
+        ids = [*ids, int(logits(exported, ids)[-1].argmax())]
+    return [token for token in ids[start:] if token not in stops]
+
+
+def test_the_engine_reads_the_tokenizer_as_training_does(engine, exported):
+    assert engine.tokenize(TEXT) == exported.tokenizer.encode(TEXT)
+    assert engine.tokenize("<|eot|>") == [exported.tokenizer.eot]
+    assert engine.stop_tokens == {exported.tokenizer.eot, exported.tokenizer.end}
+
+
+def test_scores_are_the_log_likelihoods_of_the_torch_model(engine, exported):
+    ids = [exported.tokenizer.bos, *exported.tokenizer.encode(TEXT)]
+    rows = torch.log_softmax(torch.from_numpy(logits(exported, ids)), -1)
+    want = rows[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+    got = engine.score(TEXT)
+    assert got.shape == want.shape
+    # Where float32 sums differ in the last bit, a value may round to the next INT8 step.
+    assert np.median(np.abs(got - want)) < 1e-5 and np.abs(got - want).max() < 0.02
+
+
+def test_next_tokens_after_prefills_of_any_length_are_those_of_the_torch_model(engine, exported):
+    ids = exported.tokenizer.encode(TEXT)
+    rows = logits(exported, [exported.tokenizer.bos, *ids])
+    for length in (1, 2, 7, 8, 9, 10, 16, 17, 18, 25):  # prefill_8 takes all but the last token
+        prefix = exported.tokenizer.decode(ids[:length])
+        if exported.tokenizer.encode(prefix) == ids[:length]:
+            assert engine.next_token(prefix) == engine.token_text(int(rows[length].argmax()))
+
+
+def test_a_prefill_that_ends_at_the_end_of_the_context_spoils_no_cache(engine, exported):
+    ids = (exported.tokenizer.encode(TEXT) * 4)[: CONTEXT - 3]
+    prefix = exported.tokenizer.decode(ids)
+    ids = exported.tokenizer.encode(prefix)
+    best = int(logits(exported, [exported.tokenizer.bos, *ids])[-1].argmax())
+    assert CONTEXT - 8 < len(ids) < CONTEXT and len(ids) % 8
+    assert engine.next_token(prefix) == engine.token_text(best)
+
+
+def test_a_chat_reply_is_the_greedy_answer_to_the_templates_tokens(engine, exported):
+    prompt = [{"role": "user", "content": "add one"}]
+    ids, _ = chat.render_ids(prompt, exported.tokenizer, generation_prompt=True)
+    want = exported.tokenizer.decode(greedy(exported, ids.tolist(), 6))
+    assert engine.generate("add one", max_tokens=6).rstrip("\ufffd") == want.rstrip("\ufffd")
+
+
+def test_a_text_beyond_the_context_is_refused(engine):
+    with pytest.raises(UserError, match="context"):
+        engine.score(TEXT * 10)
+    with pytest.raises(UserError, match="context"):
+        engine.next_token(TEXT * 10)
+
+
+def test_the_same_files_give_the_same_bundle(exported, tmp_path):
+    tokenizer = exported.bundle.with_name("tokenizer.json")
+    bundle.write_bundle(exported.tflite, tokenizer, tmp_path / "again.litertlm", CONTEXT)
+    assert (tmp_path / "again.litertlm").read_bytes() == exported.bundle.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["again.litertlm"]
+
+
+def test_an_existing_bundle_is_kept_unless_overwriting_is_asked_for(exported, tmp_path):
+    out, tokenizer = tmp_path / "m.litertlm", exported.bundle.with_name("tokenizer.json")
+    out.write_text("mine")
+    with pytest.raises(UserError, match="exists"):
+        bundle.write_bundle(exported.tflite, tokenizer, out, CONTEXT)
+    assert out.read_text() == "mine"
+    bundle.write_bundle(exported.tflite, tokenizer, out, CONTEXT, overwrite=True)
+    assert out.read_bytes() == exported.bundle.read_bytes()
+
+
+def test_what_is_no_bundle_is_refused_in_words(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        Engine(tmp_path / "none.litertlm")
+    (tmp_path / "x.litertlm").write_text("something else")
+    with pytest.raises(UserError, match=r"no \.litertlm bundle"):
+        Engine(tmp_path / "x.litertlm")

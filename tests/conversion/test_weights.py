@@ -1,0 +1,73 @@
+"""Weights in memory and in safetensors files."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from conversion import weights
+from conversion.int4 import Int4
+from moe_jax.errors import UserError
+from tests.conversion.conftest import DENSE, MOE
+
+
+@pytest.mark.parametrize("config", [MOE, DENSE], ids=["moe", "dense"])
+def test_a_file_gives_back_every_code_scale_and_float(config, tmp_path):
+    model = weights.random(config)
+    weights.save_safetensors(model, tmp_path / "model.safetensors")
+    back = weights.load_safetensors(tmp_path / "model.safetensors")
+    assert (back.config, back.group, back.names()) == (config, 32, model.names())
+    for name in model.names():
+        if name in model.int4_names():
+            assert np.array_equal(back.packed(name), model.packed(name))
+            assert np.array_equal(back.scales(name), model.scales(name))
+        else:
+            assert np.array_equal(back.float(name), model.float(name))
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path):
+    for name in "ab":
+        weights.save_safetensors(weights.random(MOE, seed=3), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_fused_weights_are_their_rows_in_order():
+    model = weights.random(DENSE)
+    names = tuple(f"model.layers.0.self_attn.{part}_proj" for part in "qkv")
+    fused = model.fused(names)
+    assert isinstance(fused, Int4) and fused.codes.shape == (64 + 32 + 32, 64)
+    assert np.array_equal(fused.codes[64:96], model.int4(names[1]).codes)
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "dtype"])
+def test_a_damaged_file_is_refused_by_the_name_that_is_wrong(damage, tmp_path):
+    path, name = tmp_path / "model.safetensors", "model.embed_tokens.qweight"
+    weights.save_safetensors(weights.random(DENSE), path)
+    arrays = load_file(path)
+    with weights.safe_open(path, "np") as file:
+        metadata = file.metadata()
+    if damage == "missing":
+        del arrays[name]
+    elif damage == "extra":
+        name = "model.layers.9.self_attn.q_proj.qweight"
+        arrays[name] = np.zeros((2, 2), np.uint8)
+    else:
+        arrays[name] = arrays[name][:-1] if damage == "shape" else arrays[name].astype(np.int16)
+    save_file(arrays, path, metadata)
+    with pytest.raises(UserError, match=name):
+        weights.load_safetensors(path)
+
+
+def test_what_is_no_safetensors_file_is_refused_in_words(tmp_path):
+    (tmp_path / "x").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="no readable safetensors"):
+        weights.load_safetensors(tmp_path / "x")
+    save_file({"a": np.zeros(2, np.float32)}, tmp_path / "y")
+    with pytest.raises(UserError, match="not of format"):
+        weights.load_safetensors(tmp_path / "y")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path):
+    path = tmp_path / "missing" / "model.safetensors"
+    with pytest.raises(UserError, match="cannot write"):
+        weights.save_safetensors(weights.random(DENSE), path)
+    assert not path.parent.exists()
