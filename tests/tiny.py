@@ -33,7 +33,7 @@ def with_moe(**changes: Any) -> ModelConfig:
 
 def run_config(model: ModelConfig = MOE, **changes: Any) -> RunConfig:
     """Float32, 8 sequences of 16, one device."""
-    defaults = {
+    defaults: dict[str, Any] = {
         "data": DataConfig(seq_len=16, global_batch_size=8),
         "mesh": MeshConfig(1, 1, 1),
         "compute_dtype": "float32",

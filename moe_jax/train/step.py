@@ -120,7 +120,7 @@ def make_train_step(
         metrics: Metrics = {
             "loss": parts.nll / jnp.maximum(tokens, 1.0),
             "objective": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step)),
             "tokens": tokens,
             "z_loss": parts.z_loss,

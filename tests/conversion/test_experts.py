@@ -118,7 +118,7 @@ def layer_of_six(request, tmp_path_factory):
     return load(model_of(bank, {"layer": request.param}, 3), path), bank, request.param
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_no_routing_loses_a_token(layer_of_six, data):
     """Any ids: all on one expert, empty experts, an expert chosen twice by a token."""

@@ -96,7 +96,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m.tflite"]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(hnp.arrays(st.sampled_from([np.int32, np.float32, np.bool_]), hnp.array_shapes()))
 def test_constants_survive(tmp_path_factory, value):
     model = Model()

@@ -61,7 +61,7 @@ def shapes_and_sizes(draw, shapes):
 
 
 @given(shapes_and_sizes(SHAPES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_tile_loop_equals_the_reference_in_value_and_gradient(case):
     _assert_agree(TILES, *case)
 

@@ -29,9 +29,7 @@ def _mesh(sizes):
 
 
 @cache
-def loss_and_grads(
-    model, sizes=ONE, accumulation=1, quant=None, rows=8, lopsided=False
-):
+def loss_and_grads(model, sizes=ONE, accumulation=1, quant=None, rows=8, lopsided=False):
     """(loss, counts, flat grads) as NumPy, from the same initial state on any mesh."""
     cfg = run_config(model, mesh=sizes, gradient_accumulation=accumulation, quant=quant)
     cfg = replace(cfg, data=replace(cfg.data, global_batch_size=rows))
@@ -76,9 +74,11 @@ def test_accumulated_microbatches_equal_one_batch_on_eight_devices():
 
 
 def test_quantised_training_equals_one_device():
-    got = loss_and_grads(MOE, MESHES["expert"], quant=QuantConfig())
-    # A rounding boundary of an INT8 activation may flip on the reassociated sum before it.
-    assert_same(got, loss_and_grads(MOE, quant=QuantConfig()), tolerance=2e-2)
+    # Weights only: an activation on a rounding boundary may flip with the reassociated sum before it.
+    quant = QuantConfig(quantize_activations=False)
+    assert_same(
+        loss_and_grads(MOE, MESHES["expert"], quant=quant), loss_and_grads(MOE, quant=quant)
+    )
 
 
 def test_a_dense_model_equals_one_device():

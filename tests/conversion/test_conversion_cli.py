@@ -1,0 +1,100 @@
+"""Each command teaches with --help, writes what it measures, and ends bad input in one sentence and status 2."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from conversion.__main__ import main
+
+KINDS = pytest.mark.parametrize("exported", ["moe"], indirect=True)
+
+
+def test_help_teaches_without_importing_torch_jax_or_litert():
+    code = "import sys; from conversion.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "heavy = {'jax', 'torch', 'litert_torch', 'litert_lm', 'ai_edge_litert'}\n"
+    code += "assert not heavy & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("export", "verify", "bench", "chat"):
+        assert f"python -m conversion {command} runs/demo" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["export", "verify", "bench", "chat"])
+def test_every_command_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0 and f"python -m conversion {command} " in capsys.readouterr().out
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["export", "{none}", "{none}/m.litertlm"], "no complete checkpoint"),
+        (["export", "{run}", "{bundle}"], "exists"),
+        (["verify", "{run}", "{none}"], "cannot read"),
+        (["verify", "{none}", "{bundle}"], "no complete checkpoint"),
+        (["verify", "{run}", "{run}/heldout.txt"], "no whole .litertlm"),
+        (["bench", "{run}/heldout.txt"], "no whole .litertlm"),
+        (["bench", "{bundle}", "--prefill", "60", "--decode", "9"], "context of 64"),
+        (["bench", "{bundle}", "--text", "{none}/*.txt", "--prefill", "8", "--decode", "4"], "no file"),
+        (["chat", "{run}/heldout.txt", "--prompt", "x"], "no .litertlm bundle"),
+        (["chat", "{bundle}", "--prompt", "word " * 100], "context"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_status_2(
+    run_dir, exported, tmp_path, capsys, words, sentence
+):
+    places = {"run": run_dir, "bundle": exported.bundle, "none": tmp_path / "none"}
+    assert main([word.format(**places) for word in words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and sentence in error
+    assert not list(tmp_path.iterdir())
+
+
+@KINDS
+def test_verify_ends_with_status_1_and_the_name_of_what_differs(
+    run_dir, exported, tmp_path, capsys
+):
+    name = "model.layers.0.self_attn.o_proj"
+    raw = bytearray(exported.bundle.read_bytes())
+    raw[raw.index(np.ascontiguousarray(exported.weights.packed(name)).tobytes())] ^= 1
+    (tmp_path / "m.litertlm").write_bytes(raw)
+    words = [str(run_dir), str(tmp_path / "m.litertlm"), "--json", str(tmp_path / "v.json")]
+    assert main(["verify", *words]) == 1
+    assert f"failed: rung 1 (codes and scales): {name}: 1 of" in capsys.readouterr().err
+    result = json.loads((tmp_path / "v.json").read_text())
+    assert result["export"]["mismatches"] == 1 and result["export"]["codes_checked"] > 0
+
+
+@KINDS
+def test_bench_writes_the_speeds_of_both_bundles(run_dir, exported, tmp_path):
+    sizes = ["--texts", "2", "--prefill", "8", "--decode", "6", "--threads", "1"]
+    paths = [
+        str(exported.bundle),
+        "--dense",
+        str(exported.bundle),
+        "--json",
+        str(tmp_path / "s.json"),
+    ]
+    assert main(["bench", *paths, "--text", str(run_dir / "heldout.txt"), *sizes]) == 0
+    speed = json.loads((tmp_path / "s.json").read_text())["speed"]
+    for name in ("decode_tok_s", "prefill_tok_s", "dense_decode_tok_s", "dense_prefill_tok_s"):
+        assert speed[name] > 0
+    assert speed["decode_speedup"] > 0 and speed["prefill_speedup"] > 0
+
+
+@KINDS
+def test_chat_answers_a_prompt_and_every_line_of_a_conversation(exported, capsys, monkeypatch):
+    assert main(["chat", str(exported.bundle), "--prompt", "add", "--max-tokens", "3"]) == 0
+    once = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("add\n\nadd\n"))
+    assert main(["chat", str(exported.bundle), "--max-tokens", "3"]) == 0
+    both = capsys.readouterr().out
+    assert once.strip() and both.startswith(once) and len(both) > len(once)

@@ -1,0 +1,112 @@
+"""One call from a run folder to a bundle; what cannot be exported is refused and nothing is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+from pathlib import Path
+
+import pytest
+
+from conversion import readback, weights
+from conversion.export import export
+from moe_jax.data import chat
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
+from tests.conversion.conftest import DENSE, write_run
+
+SMALL = dataclasses.replace(DENSE, num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["def add(first, second):\n    return first + second\n"] * 3, 270)
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer, tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("small"), SMALL, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def float_run(tokenizer, tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("float"), SMALL, tokenizer, quant=None)
+
+
+def test_a_run_becomes_a_bundle_and_a_safetensors_file_beside_it(run, tmp_path):
+    said = []
+    result = export(run, tmp_path / "made" / "m.litertlm", prefill=(4, 4096), say=said.append)
+    parts = readback.sections(tmp_path / "made" / "m.litertlm")
+    assert parts.metadata.max_num_tokens == result["context"] == 64 and result["prefill"] == [4]
+    assert parts.metadata.jinja_prompt_template == chat.CHAT_TEMPLATE
+    assert parts.tokenizer.fingerprint == Tokenizer.load(run / "tokenizer.json").fingerprint
+    assert {p.name for p in (tmp_path / "made").iterdir()} == {"m.litertlm", "m.safetensors"}
+    saved, want = (
+        weights.load_safetensors(tmp_path / "made" / "m.safetensors"),
+        weights.random(SMALL),
+    )
+    for name in want.int4_names():
+        assert (saved.packed(name) == want.packed(name)).all()
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize("name", ["m.litertlm", "m.safetensors"])
+def test_an_existing_output_is_kept(run, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"{name} exists.*--overwrite"):
+        export(run, tmp_path / "m.litertlm")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_failed_overwrite_leaves_the_old_files_and_nothing_else(run, tmp_path):
+    for name in ("m.litertlm", "m.safetensors"):
+        (tmp_path / name).write_text("mine")
+    # A limit on file size fails the same write calls as a full disk, and needs no disk to fill.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+        with pytest.raises(
+            UserError, match=r"cannot write .*m\.(litertlm|safetensors).*free the disk"
+        ):
+            export(run, tmp_path / "m.litertlm", prefill=(4,), overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "m.litertlm": "mine",
+        "m.safetensors": "mine",
+    }
+
+
+def test_a_run_without_quantisation_is_refused_with_the_way_out(float_run, tmp_path):
+    with pytest.raises(UserError, match=r"sft run without quantisation.*--quantize-float"):
+        export(float_run, tmp_path / "m.litertlm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(run, tmp_path):
+    other = Tokenizer.train(["while True:\n    pass\n" * 2] * 3, 266)
+    other.save(tmp_path / "other.json")
+    with pytest.raises(UserError, match="not the one the checkpoint was trained with"):
+        export(run, tmp_path / "m.litertlm", tokenizer=tmp_path / "other.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["other.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"context": 4096}, "context 4096"),
+        ({"experts": "few"}, "sparse or dense"),
+        ({"step": 7}, "no complete checkpoint of step 7"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(run, tmp_path, options, words):
+    with pytest.raises(UserError, match=words):
+        export(run, tmp_path / "m.litertlm", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_of_another_kind_and_a_folder_that_is_no_run_are_refused(run, tmp_path):
+    with pytest.raises(UserError, match=r"\.litertlm"):
+        export(run, tmp_path / "m.bin")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        export(tmp_path, tmp_path / "m.litertlm")

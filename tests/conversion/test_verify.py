@@ -1,0 +1,149 @@
+"""The parity ladder holds for what was exported, and each injected fault is found and named."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conversion import heldout, readback, verify, weights
+from conversion.export import load
+from conversion.litert import bundle
+from conversion.weights import Weights
+from moe_jax.config import SourceConfig
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
+from tests.conversion.conftest import CONTEXT, MOE, write_run
+
+KINDS = pytest.mark.parametrize("exported", ["moe"], indirect=True)
+
+
+def rung_1(run_dir: Path, path: Path) -> readback.Findings:
+    run, parameters, source = load(run_dir)
+    return verify.codes_and_scales(
+        readback.sections(path).tflite, run.model, parameters, source.group
+    )
+
+
+def damaged(path: Path, folder: Path, content: np.ndarray, byte: int, mask: int) -> Path:
+    """A copy of the bundle where one byte of the stored `content` has some bits flipped."""
+    raw, wanted = bytearray(path.read_bytes()), np.ascontiguousarray(content).tobytes()
+    assert raw.count(wanted) == 1
+    raw[raw.index(wanted) + byte] ^= mask
+    (folder / "damaged.litertlm").write_bytes(raw)
+    return folder / "damaged.litertlm"
+
+
+def test_every_nibble_and_scale_of_the_file_is_the_checkpoints(run_dir, exported):
+    found = rung_1(run_dir, exported.bundle)
+    source: Weights = exported.weights
+    sizes = [source.int4(name) for name in source.int4_names()]
+    assert found.codes_checked == sum(weight.codes.size for weight in sizes)
+    assert found.scales_checked == sum(weight.scales.size for weight in sizes)
+    assert (found.mismatches, found.reports) == (0, [])
+
+
+@KINDS
+@pytest.mark.parametrize("nibble", [0x01, 0x80], ids=["low", "high"])
+def test_one_flipped_nibble_of_one_expert_is_named(run_dir, exported, tmp_path, nibble):
+    name = "model.layers.1.feed_forward.experts.down_proj"
+    packed = exported.weights.packed(name)[3]
+    found = rung_1(run_dir, damaged(exported.bundle, tmp_path, packed, 17, nibble))
+    assert found.mismatches == 1
+    assert found.reports == [f"{name}[3]: 1 of {packed.size * 2} codes differ"]
+
+
+@KINDS
+def test_one_changed_scale_of_a_fused_weight_is_named(run_dir, exported, tmp_path):
+    name = "model.layers.0.self_attn.k_proj"
+    scales = exported.weights.scales(name)
+    found = rung_1(run_dir, damaged(exported.bundle, tmp_path, scales, 0, 0x08))
+    assert found.mismatches == 1
+    assert found.reports == [f"{name}: 1 of {scales.size} scales differ"]
+
+
+@KINDS
+def test_a_bundle_of_another_checkpoint_ends_the_climb_at_rung_1(exported, tmp_path):
+    fewer = dataclasses.replace(MOE, num_layers=1)
+    result = verify.verify(write_run(tmp_path, fewer, exported.tokenizer), exported.bundle)
+    assert result["export"]["mismatches"] > 0 and result["parity"] == {}
+    assert any("model.layers.1" in s and "no weight of the check" in s for s in result["failed"])
+
+
+@KINDS
+def test_a_bundle_with_another_tokenizer_is_named(run_dir, exported, tmp_path):
+    Tokenizer.train(["while True:\n    pass\n" * 2] * 3, 266).save(tmp_path / "other.json")
+    bundle.write_bundle(exported.tflite, tmp_path / "other.json", tmp_path / "m.litertlm", CONTEXT)
+    result = verify.verify(run_dir, tmp_path / "m.litertlm")
+    assert result["failed"] == ["rung 5 (chat): the tokenizer in the bundle is not the run's"]
+    assert result["export"]["mismatches"] == 0
+
+
+@KINDS
+def test_a_weight_that_is_not_in_the_file_is_a_mismatch(exported):
+    source, name = exported.weights, "model.layers.7.self_attn.o_proj"
+    expected = {n: (source.int4(n).codes, source.scales(n)) for n in source.int4_names()}
+    expected[name] = expected["model.layers.0.self_attn.o_proj"]
+    found = readback.compare(readback.sections(exported.bundle).tflite, expected)
+    assert found.mismatches == expected[name][0].size
+    assert found.reports == [f"{name} is not in the file"]
+
+
+@KINDS
+def test_the_whole_ladder_holds_for_a_random_model(run_dir, exported):
+    result = verify.verify(run_dir, exported.bundle, texts=2, tokens=24, probes=6, threads=1)
+    # Random logits lie far apart in arithmetic and close together in rank, so choices may differ at a tie.
+    assert [s for s in result["failed"] if "top1" not in s] == []
+    parity = result["parity"]
+    assert result["export"]["codes_checked"] and parity["engine_tokens"] == 48
+    assert parity["jax_torch_max_abs"] < 1e-4 and parity["engine_top1_asked"] >= 4
+    assert parity["engine_top1_agreement"] > 0.9
+    assert parity["chat_start_tokens"] == 1 and parity["chat_wrong_ids"] == 0
+
+
+@KINDS
+def test_figures_out_of_bounds_are_named(exported):
+    good = {name: least for name, (least, _) in verify.BOUNDS.items()}
+    assert verify.broken(good) == []
+    for name, value in (("engine_nll_diff_nats", 0.03), ("engine_top1_agreement", float("nan"))):
+        assert [name in sentence for sentence in verify.broken(good | {name: value})] == [True]
+
+
+@KINDS
+def test_weights_that_compute_something_else_fail_the_rungs_between(run_dir, exported):
+    _, parameters, _ = load(run_dir)
+    other, ids = weights.random(MOE, seed=9), list(range(6, 31))  # as many as above: compiled once
+    assert verify.jax_torch(parameters, other, ids)["jax_torch_max_abs"] > 1e-2
+    tflite = readback.sections(exported.bundle).tflite
+    assert verify.torch_tflite(other, tflite, ids, 1, 2)["torch_tflite_median_abs"] > 1e-2
+    assert (
+        verify.torch_tflite(exported.weights, tflite, ids[:4], 1)["torch_tflite_median_abs"] < 1e-3
+    )
+
+
+@pytest.mark.parametrize("damage", ["missing", "foreign", "truncated"])
+@KINDS
+def test_what_is_no_whole_bundle_is_refused_in_words(exported, tmp_path, damage):
+    path = tmp_path / "m.litertlm"
+    if damage == "foreign":
+        path.write_bytes(b"something else entirely")
+    elif damage == "truncated":
+        path.write_bytes(exported.bundle.read_bytes()[:40_000])
+    with pytest.raises(UserError, match=r"cannot read|no whole \.litertlm"):
+        readback.sections(path)
+
+
+@KINDS
+def test_pieces_of_held_out_text_encode_to_themselves_and_hold_no_special_token(exported, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("while True:\n    pass  # é漢\n" * 50 + "<|eot|>" + "def add(first):\n" * 200)
+    sources = (SourceConfig(str(text)),)
+    found = heldout.pieces(sources, exported.tokenizer, 4, 10)
+    assert found
+    for ids in found:
+        written = exported.tokenizer.decode(ids)
+        assert len(ids) == 10 and exported.tokenizer.encode(written) == ids and "<|" not in written
+    with pytest.raises(UserError, match="no piece of 9999 tokens"):
+        heldout.pieces(sources, exported.tokenizer, 4, 9999)

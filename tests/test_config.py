@@ -1,0 +1,124 @@
+"""Options are few, frozen, and refused where they are wrong."""
+
+import pytest
+
+from moe_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    QuantConfig,
+    RunConfig,
+    SourceConfig,
+)
+from moe_jax.errors import UserError
+from moe_jax.overrides import option_names
+
+# A new option is a decision: does it not follow from what is here? Then add it to this list.
+OPTIONS = """
+stage
+model.num_layers
+model.d_model
+model.num_heads
+model.num_kv_heads
+model.head_dim
+model.vocab_size
+model.max_position_embeddings
+model.ffn_width
+model.activation
+model.qk_norm
+model.norm_eps
+model.init_scale
+model.rope.theta
+model.rope.factor
+model.rope.original_max_position_embeddings
+model.moe.num_experts
+model.moe.num_experts_per_tok
+model.moe.expert_width
+model.moe.shared_expert_width
+model.moe.score_func
+model.moe.norm_topk_prob
+model.moe.routed_scaling_factor
+model.moe.use_expert_bias
+model.moe.bias_update_rate
+model.moe.router_z_loss
+model.moe.aux_loss
+model.moe.dispatch
+model.moe.capacity_factor
+quant.weight_group_size
+quant.quantize_activations
+data.sources.*.path
+data.sources.*.weight
+data.sources.*.kind
+data.heldout.*.path
+data.heldout.*.weight
+data.heldout.*.kind
+data.tokenizer
+data.seq_len
+data.global_batch_size
+data.seed
+data.max_bytes
+data.cache_dir
+optimizer.learning_rate
+optimizer.schedule
+optimizer.warmup_steps
+optimizer.final_fraction
+optimizer.b1
+optimizer.b2
+optimizer.eps
+optimizer.weight_decay
+optimizer.clip_norm
+mesh.data
+mesh.fsdp
+mesh.expert
+checkpoint.every_steps
+checkpoint.keep
+steps
+gradient_accumulation
+compute_dtype
+loss_chunk
+remat
+seed
+init_from
+log_every
+"""
+
+
+def test_the_list_of_options_is_frozen():
+    assert option_names(RunConfig) == OPTIONS.split()
+
+
+def test_fine_grained_experts_follow_the_papers_trade():
+    """8 experts cut by 8 are 64; four of the eight active ones become one shared expert."""
+    moe = MoEConfig.fine_grained(3072)
+    assert (moe.num_experts, moe.num_experts_per_tok) == (60, 4)
+    assert (moe.expert_width, moe.shared_expert_width) == (384, 1536)
+    alone = MoEConfig.fine_grained(3072, shared=False)
+    assert (alone.num_experts, alone.num_experts_per_tok) == (64, 8)
+    assert alone.shared_expert_width == 0
+    assert MoEConfig.fine_grained(3072, granularity=16).expert_width == 192
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: MoEConfig(num_experts=4, num_experts_per_tok=5), "between 1 and"),
+        (lambda: MoEConfig(score_func="tanh"), "sigmoid, softmax"),
+        (lambda: MoEConfig.fine_grained(3000, granularity=16), "use 2992"),
+        (lambda: ModelConfig(num_heads=10, num_kv_heads=4), "use 12"),
+        (lambda: ModelConfig(head_dim=63), "odd"),
+        (lambda: ModelConfig(activation="relu"), "silu, gelu_tanh"),
+        (lambda: QuantConfig(weight_group_size=48), "multiple of 32"),
+        (lambda: SourceConfig(kind="image"), "text, chat"),
+        (lambda: DataConfig(seq_len=1), "at least 2"),
+        (lambda: OptimizerConfig(schedule="step"), "cosine, linear, constant"),
+        (lambda: CheckpointConfig(keep=0), "positive"),
+        (lambda: RunConfig(gradient_accumulation=7), "not a multiple"),
+        (lambda: RunConfig(data=DataConfig(seq_len=16384)), "max_position_embeddings"),
+        (lambda: RunConfig(model=ModelConfig(d_model=80), quant=QuantConfig()), "use 96"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_with_the_mend(build, words):
+    with pytest.raises(UserError, match=words):
+        build()
