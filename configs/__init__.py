@@ -56,7 +56,5 @@ def load(name: str, overrides: list[str] | None = None) -> RunConfig:
     try:
         data = json.loads(Path(name).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{name} cannot be read as JSON ({error}); name a registered config"
-        ) from None
+        raise UserError(f"{name} cannot be read as JSON ({error}); name a registered config") from None
     return apply(from_dict(RunConfig, data), overrides or [])

@@ -63,9 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     def add_checkpoint(sub: Any) -> None:
         sub.add_argument("--step", type=int, help="this checkpoint instead of the last")
         sub.add_argument("--tokenizer", metavar="PATH", help="default: the run's tokenizer.json")
-        sub.add_argument(
-            "--quantize-float", action="store_true", help="accept a run that had no QAT stage"
-        )
+        sub.add_argument("--quantize-float", action="store_true", help="accept a run that had no QAT stage")
 
     def add_threads(sub: Any) -> None:
         sub.add_argument("--threads", type=int, default=2, help="CPU threads of the engine")
@@ -82,9 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run_dir", metavar="run", help="run folder")
     sub.add_argument("output", help="the bundle, ending in .litertlm")
     add_checkpoint(sub)
-    sub.add_argument(
-        "--context", type=int, help="most tokens of prompt and answer (default: as trained)"
-    )
+    sub.add_argument("--context", type=int, help="most tokens of prompt and answer (default: as trained)")
     sub.add_argument(
         "--prefill",
         type=_lengths,
@@ -123,9 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         "model.litertlm --dense dense.litertlm --json speed.json",
     )
     sub.add_argument("bundle")
-    sub.add_argument(
-        "--dense", metavar="BUNDLE", help="the same model exported with --experts dense"
-    )
+    sub.add_argument("--dense", metavar="BUNDLE", help="the same model exported with --experts dense")
     sub.add_argument("--text", default="stdlib:heldout", help="path, glob or part of the corpus")
     sub.add_argument("--texts", type=int, default=12, help="pieces of text")
     sub.add_argument("--prefill", type=int, default=128, help="tokens of each to take in")

@@ -33,9 +33,7 @@ def bench(
     glob or a part of the embedded corpus. Raises UserError for unreadable bundles or text, or too long ones.
     """
     names = [""] if dense is None else ["", "dense_"]
-    found: dict[str, list[float]] = {
-        f"{n}{p}_tok_s": [] for n in names for p in ("decode", "prefill")
-    }
+    found: dict[str, list[float]] = {f"{n}{p}_tok_s": [] for n in names for p in ("decode", "prefill")}
     parts = sections(bundle)
     if prefill + decode > parts.metadata.max_num_tokens:
         raise UserError(

@@ -110,9 +110,7 @@ def load(
     return run, parameters, _weights.from_parameters(parameters, run.model, group)
 
 
-def matching_tokenizer(
-    run_dir: str | Path, run: RunConfig, file: Path, step: int | None = None
-) -> Tokenizer:
+def matching_tokenizer(run_dir: str | Path, run: RunConfig, file: Path, step: int | None = None) -> Tokenizer:
     """The tokenizer in `file`, if it is the one that the run's checkpoint was trained with, else UserError."""
     from moe_jax.train.checkpoint import Checkpoints
 

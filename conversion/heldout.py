@@ -13,9 +13,7 @@ from moe_jax.errors import UserError
 _CHARACTERS = 40  # more than any tokenizer needs for one token of ordinary text
 
 
-def pieces(
-    sources: Sequence[SourceConfig], tokenizer: Tokenizer, count: int, tokens: int
-) -> list[list[int]]:
+def pieces(sources: Sequence[SourceConfig], tokenizer: Tokenizer, count: int, tokens: int) -> list[list[int]]:
     """At most `count` pieces of exactly `tokens` ids, spread over the documents of the text sources.
 
     Each piece decodes to text that encodes to it again, and holds no name of a special token (an engine would take

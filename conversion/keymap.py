@@ -137,9 +137,7 @@ def torch_tensors(config: ModelConfig) -> list[TorchTensor]:
     return found
 
 
-def to_torch(
-    parameters: Mapping[str, np.ndarray], config: ModelConfig
-) -> Iterator[tuple[TorchTensor, np.ndarray]]:
+def to_torch(parameters: Mapping[str, np.ndarray], config: ModelConfig) -> Iterator[tuple[TorchTensor, np.ndarray]]:
     """Yield every PyTorch tensor with its float32 value, one at a time so that memory holds one copy.
 
     Raises UserError when `parameters` misses a path, has one too many, or one of another shape.
@@ -160,10 +158,7 @@ def to_jax(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, 
     _check("model", {k: v.shape for k, v in tensors.items()}, wanted)
     parameters = {}
     for row in rows(config):
-        layers = [
-            _undo(row, [tensors[name.format(layer)] for name in row.torch])
-            for layer in _layers(row, config)
-        ]
+        layers = [_undo(row, [tensors[name.format(layer)] for name in row.torch]) for layer in _layers(row, config)]
         parameters[row.jax] = np.stack(layers) if row.stacked else layers[0]
     return parameters
 
@@ -206,15 +201,11 @@ def _undo(row: Row, parts: list[np.ndarray]) -> np.ndarray:
     return parts[0] if row.layout == "copy" else np.swapaxes(parts[0], -1, -2)
 
 
-def _check(
-    what: str, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
-) -> None:
+def _check(what: str, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
     if missing := sorted(wanted.keys() - found.keys()):
         raise UserError(f"the {what} misses {listed(missing)}; it is not of this configuration")
     if extra := sorted(found.keys() - wanted.keys()):
-        raise UserError(
-            f"the {what} holds unknown {listed(extra)}; it is not of this configuration"
-        )
+        raise UserError(f"the {what} holds unknown {listed(extra)}; it is not of this configuration")
     for name, shape in wanted.items():
         if tuple(found[name]) != shape:
             raise UserError(

@@ -92,17 +92,9 @@ def compare(model: memoryview, expected: Expected) -> Findings:
     result, seen = Findings(), set()
     for names, expert, codes, scales in _tensors(model):
         unknown = [name for name in names if name not in expected]
-        parts = [
-            expected[n] if expert is None else _expert(expected[n], expert)
-            for n in names
-            if n in expected
-        ]
+        parts = [expected[n] if expert is None else _expert(expected[n], expert) for n in names if n in expected]
         heights = [part[0].shape[0] for part in parts]
-        if (
-            unknown
-            or sum(heights) != len(codes)
-            or any(p[0].shape[1:] != codes.shape[1:] for p in parts)
-        ):
+        if unknown or sum(heights) != len(codes) or any(p[0].shape[1:] != codes.shape[1:] for p in parts):
             label = "+".join(names) + ("" if expert is None else f"[{expert}]")
             result.wrong(codes.size, f"{label} {list(codes.shape)} is no weight of the checkpoint")
             continue
@@ -158,13 +150,8 @@ def _tensors(raw: memoryview) -> Iterator[tuple[list[str], int | None, np.ndarra
 
 def _blockwise(tensor: Any) -> Any:
     quantisation = tensor.Quantization()
-    if (
-        quantisation is None
-        or quantisation.DetailsType() != tflite.QuantizationDetails.BlockwiseQuantization
-    ):
-        raise UserError(
-            f"INT4 tensor {tensor.Name().decode()} is not blockwise; export the bundle again"
-        )
+    if quantisation is None or quantisation.DetailsType() != tflite.QuantizationDetails.BlockwiseQuantization:
+        raise UserError(f"INT4 tensor {tensor.Name().decode()} is not blockwise; export the bundle again")
     table, found = quantisation.Details(), tflite.BlockwiseQuantization()
     found.Init(table.Bytes, table.Pos)
     return found

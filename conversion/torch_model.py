@@ -167,9 +167,7 @@ class MobileMoE(nn.Module):
         """Logits [..., V] of normed states [..., D]: the embedding again."""
         return self.ops.linear(x, (EMBEDDING,))
 
-    def _attention(
-        self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache
-    ) -> Tensor:
+    def _attention(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         c, name = self.config, f"model.layers.{layer}.self_attn"
         n, g, width = c.num_heads, c.num_kv_heads, c.head_dim
         batch, length, _ = x.shape

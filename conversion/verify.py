@@ -64,9 +64,7 @@ def verify(
     from moe_jax.generate import Generator
 
     run, parameters, source = load(run_dir, step, quantize_float)
-    tokens_of = matching_tokenizer(
-        run_dir, run, Path(tokenizer or Path(run_dir) / "tokenizer.json"), step
-    )
+    tokens_of = matching_tokenizer(run_dir, run, Path(tokenizer or Path(run_dir) / "tokenizer.json"), step)
     parts = readback.sections(bundle)
     say("rung 1: codes and scales of the file against the checkpoint")
     found = codes_and_scales(parts.tflite, run.model, parameters, source.group)
@@ -101,9 +99,7 @@ def verify(
     return result
 
 
-def codes_and_scales(
-    tflite: memoryview, config: ModelConfig, parameters: Parameters, group: int
-) -> Findings:
+def codes_and_scales(tflite: memoryview, config: ModelConfig, parameters: Parameters, group: int) -> Findings:
     """Rung 1: what the file holds against the grid applied to the float32 master weights, in JAX's own layout."""
     codes, scales = {}, {}
     quantised = 0
@@ -125,9 +121,7 @@ def codes_and_scales(
     }
     result = readback.compare(tflite, expected)
     if (listed := sum(code.size for code, _ in expected.values())) != quantised:
-        result.wrong(
-            abs(quantised - listed), f"the key map lists {listed} of {quantised} INT4 weights"
-        )
+        result.wrong(abs(quantised - listed), f"the key map lists {listed} of {quantised} INT4 weights")
     return result
 
 

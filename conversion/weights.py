@@ -87,9 +87,7 @@ class Weights:
         if missing := sorted(wanted.keys() - self._arrays.keys()):
             raise UserError(f"the weights miss {keymap.listed(missing)}; export the model again")
         if extra := sorted(self._arrays.keys() - wanted.keys()):
-            raise UserError(
-                f"the weights hold unknown {keymap.listed(extra)}; they are of another model"
-            )
+            raise UserError(f"the weights hold unknown {keymap.listed(extra)}; they are of another model")
         for name, expected in wanted.items():
             array = self._arrays[name]
             if (array.shape, array.dtype) != expected:
@@ -99,9 +97,7 @@ class Weights:
                 )
 
 
-def from_parameters(
-    parameters: Mapping[str, np.ndarray], config: ModelConfig, group: int = 32
-) -> Weights:
+def from_parameters(parameters: Mapping[str, np.ndarray], config: ModelConfig, group: int = 32) -> Weights:
     """Quantise JAX parameters (float32 by path, layers stacked) on the grid of QAT."""
     arrays = {}
     for tensor, value in keymap.to_torch(parameters, config):
@@ -159,9 +155,7 @@ def load_safetensors(path: str | Path) -> Weights:
             described = json.loads((file.metadata() or {}).get("mobilemoe", "{}"))
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is no readable safetensors file ({error}); export it again"
-        ) from None
+        raise UserError(f"{path} is no readable safetensors file ({error}); export it again") from None
     if described.get("format") != _FORMAT:
         raise UserError(f"{path} is not of format {_FORMAT}; export it with this project")
     config = from_dict(ModelConfig, described["config"])

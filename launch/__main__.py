@@ -36,9 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("config", help="what python -m moe_jax train takes")
     sub.add_argument("overrides", nargs="*", help="dotted.name=value", metavar="OVERRIDE")
     sub.add_argument("--run", required=True, metavar="DIR", help="the run folder")
-    sub.add_argument(
-        "--devices", type=int, default=0, help="fake CPU devices; 0 uses what is there"
-    )
+    sub.add_argument("--devices", type=int, default=0, help="fake CPU devices; 0 uses what is there")
     sub.add_argument("--max-restarts", type=int, default=3)
     sub.set_defaults(command=_local)
     sub = commands.add_parser(
@@ -51,9 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     sub.add_argument("overrides", nargs="*", help="dotted.name=value", metavar="OVERRIDE")
     sub.add_argument("--run", default="runs/demo", metavar="DIR", help="the demo's folder")
-    sub.add_argument(
-        "--fresh", action="store_true", help="remove what the folder holds and start over"
-    )
+    sub.add_argument("--fresh", action="store_true", help="remove what the folder holds and start over")
     sub.set_defaults(command=_demo)
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [word for word in rest if "=" not in word or word.startswith("-")]:

@@ -54,11 +54,7 @@ def run_local(
                 signal.signal(number, handler)
         if status in (0, _USER_ERROR) or stopping:
             return status if status >= 0 else 128 - status
-        how = (
-            f"was killed by {signal.Signals(-status).name}"
-            if status < 0
-            else f"exited with {status}"
-        )
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
         last = attempt == max_restarts
         print(f"[launch] training {how}; {'giving up' if last else 'restarting'}", flush=True)
     return 1

@@ -93,9 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--run", required=True, metavar="DIR", help="the run folder")
 
-    sub = add(
-        "params", _params, "count parameters and training FLOPs", "mobilemoe_s --json p.json", True
-    )
+    sub = add("params", _params, "count parameters and training FLOPs", "mobilemoe_s --json p.json", True)
     add_json(sub)
 
     sub = add(
@@ -189,9 +187,7 @@ def _evaluate(arguments: Any) -> None:
 
 def _generate(arguments: Any) -> None:
     if arguments.max_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
-        raise UserError(
-            "--max-tokens must be 1 or more, --temperature 0 or more, --top-p in (0, 1]"
-        )
+        raise UserError("--max-tokens must be 1 or more, --temperature 0 or more, --top-p in (0, 1]")
     from moe_jax.data.chat import render_ids
     from moe_jax.data.tokenizer import Tokenizer
     from moe_jax.generate import Generator

@@ -56,9 +56,7 @@ class MoEConfig:
             f"moe.num_experts ({self.num_experts})",
         )
         _require(self.expert_width > 0, "moe.expert_width must be positive")
-        _require(
-            self.shared_expert_width >= 0, "moe.shared_expert_width must be 0 (off) or positive"
-        )
+        _require(self.shared_expert_width >= 0, "moe.shared_expert_width must be 0 (off) or positive")
         _require(self.capacity_factor > 0, "moe.capacity_factor must be positive")
 
     @staticmethod
@@ -120,9 +118,7 @@ class ModelConfig:
             f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}; "
             f"use {-(-self.num_heads // self.num_kv_heads) * self.num_kv_heads}",
         )
-        _require(
-            self.head_dim % 2 == 0, f"model.head_dim {self.head_dim} is odd; RoPE rotates pairs"
-        )
+        _require(self.head_dim % 2 == 0, f"model.head_dim {self.head_dim} is odd; RoPE rotates pairs")
 
     @property
     def output_init_scale(self) -> float:
@@ -257,8 +253,7 @@ class RunConfig:
         _one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         _require(self.steps > 0, "steps must be positive")
         _require(
-            self.gradient_accumulation > 0
-            and self.data.global_batch_size % self.gradient_accumulation == 0,
+            self.gradient_accumulation > 0 and self.data.global_batch_size % self.gradient_accumulation == 0,
             f"data.global_batch_size {self.data.global_batch_size} is not a multiple of "
             f"gradient_accumulation {self.gradient_accumulation}",
         )

@@ -30,9 +30,7 @@ class Generator:
     `parameters` is the flat {path: array} of a checkpoint; `quant` emulates the deployed arithmetic.
     """
 
-    def __init__(
-        self, cfg: ModelConfig, parameters: dict[str, np.ndarray], quant: QuantConfig | None = None
-    ):
+    def __init__(self, cfg: ModelConfig, parameters: dict[str, np.ndarray], quant: QuantConfig | None = None):
         self.cfg = cfg
         leaves = {path: jnp.asarray(value) for path, value in parameters.items()}
         self.model = assemble(cfg, unflatten_paths(leaves), {})
@@ -67,9 +65,7 @@ class Generator:
         cache = empty_cache(self.cfg, 1, length, self.compute.dtype)
         ids_BS = np.zeros((1, padded), np.int32)
         ids_BS[0, : len(prompt)] = prompt
-        logits, cache = _extend(
-            self.model, self.compute, cache, ids_BS, jnp.int32(0), jnp.int32(len(prompt))
-        )
+        logits, cache = _extend(self.model, self.compute, cache, ids_BS, jnp.int32(0), jnp.int32(len(prompt)))
         keys = jax.random.split(jax.random.key(seed), max_new_tokens)
         out: list[int] = []
         for step in range(max_new_tokens):

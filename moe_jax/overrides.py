@@ -68,9 +68,7 @@ def apply(config: T, overrides: list[str]) -> T:
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise UserError(
-                f"override {text!r} is not of the form name=value, as in data.seq_len=256"
-            )
+            raise UserError(f"override {text!r} is not of the form name=value, as in data.seq_len=256")
         data = _set(type(config), data, name.split("."), value, name, type(config))
     return from_dict(type(config), data)
 
@@ -83,13 +81,7 @@ def nearest(name: str, known: list[str]) -> str:
 
 def _leaves(data: Any, path: str) -> dict[str, Any]:
     """Dotted name -> value; an empty or switched-off part is one leaf."""
-    items = (
-        data.items()
-        if isinstance(data, dict)
-        else enumerate(data)
-        if isinstance(data, list)
-        else ()
-    )
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     if not items:
         return {path: data}
     dot = f"{path}." if path else ""
@@ -124,9 +116,7 @@ def _build(hint: Any, data: Any, path: str) -> Any:
         hints, dot = typing.get_type_hints(hint), f"{path}." if path else ""
         for name in data:
             if name not in hints:
-                raise UserError(
-                    f"unknown option {dot + str(name)!r}{nearest(str(name), list(hints))}"
-                )
+                raise UserError(f"unknown option {dot + str(name)!r}{nearest(str(name), list(hints))}")
         if missing := [dot + name for name in hints if name not in data]:
             raise UserError(f"the config misses {', '.join(missing)}; add it with its value")
         return hint(**{name: _build(hints[name], data[name], dot + name) for name in hints})
@@ -147,9 +137,7 @@ def _set(hint: Any, data: Any, keys: list[str], text: str, name: str, root: type
     if item is not None:
         data = list(data)
         if not key.isdecimal() or int(key) > len(data):
-            raise UserError(
-                f"{name}: {key!r} is no index of a list of {len(data)}; use 0 to {len(data)}"
-            )
+            raise UserError(f"{name}: {key!r} is no index of a list of {len(data)}; use 0 to {len(data)}")
         if int(key) == len(data):
             data.append(to_dict(item()))
         data[int(key)] = _set(item, data[int(key)], keys[1:], text, name, root)
@@ -182,9 +170,7 @@ def _parse(hint: Any, optional: bool, text: str, name: str) -> Any:
             return json.loads(text)
         except ValueError:
             words = "JSON, none or default" if optional else "JSON"
-            raise UserError(
-                f"{name} is a group of options; expected {words}, got {text!r}"
-            ) from None
+            raise UserError(f"{name} is a group of options; expected {words}, got {text!r}") from None
     try:
         if hint is bool:
             return {"true": True, "false": False}[text.lower()]

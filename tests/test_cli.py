@@ -34,9 +34,7 @@ def sentence(capsys, *words: str, entry=main) -> str:
 def test_help_teaches_without_importing_jax():
     code = "import sys; from moe_jax.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'jax', 'flax', 'torch'} & set(sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     for word in (
         "tokenizer",
@@ -52,15 +50,11 @@ def test_training_imports_neither_torch_nor_litert():
     code = "import sys, moe_jax.train.stages, moe_jax.train.evaluate, moe_jax.generate\n"
     code += "bad = [m for m in sys.modules if m.split('.')[0] in ('torch', 'ai_edge_litert', 'litert_torch')]\n"
     code += "assert not bad, bad"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize(
-    "command", ["configs", "train", "params", "evaluate", "generate", "tokenizer", "batch"]
-)
+@pytest.mark.parametrize("command", ["configs", "train", "params", "evaluate", "generate", "tokenizer", "batch"])
 def test_each_command_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

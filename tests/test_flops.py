@@ -30,22 +30,14 @@ def test_counts_equal_a_sum_by_hand():
     attention = 2 * 64 * 64 + 2 * 64 * 32
     routed, shared, router = 3 * 64 * 32, 3 * 64 * 64, 64 * 6
     norms, embedding = 5 * 64, 96 * 64
-    assert (
-        count_parameters(MOE).total
-        == 2 * (attention + 6 * routed + shared + router) + norms + embedding
-    )
-    assert (
-        count_parameters(MOE).active
-        == 2 * (attention + 2 * routed + shared + router) + norms + embedding
-    )
+    assert count_parameters(MOE).total == 2 * (attention + 6 * routed + shared + router) + norms + embedding
+    assert count_parameters(MOE).active == 2 * (attention + 2 * routed + shared + router) + norms + embedding
     assert count_parameters(DENSE).total == 2 * (attention + 3 * 64 * 96) + norms + embedding
 
 
 def test_training_flops_are_six_per_active_weight_and_half_the_attention_square():
     weights = count_parameters(DENSE).active - 5 * 64
-    scores_and_sum = 2 * (
-        2 * 2 * 16 / 2 * 4 * 16
-    )  # layers, products, FLOPs, mean keys, heads, width
+    scores_and_sum = 2 * (2 * 2 * 16 / 2 * 4 * 16)  # layers, products, FLOPs, mean keys, heads, width
     assert train_flops_per_token(DENSE, 16) == 6 * weights + 3 * scores_and_sum
 
 

@@ -44,9 +44,7 @@ def write_bundle(
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             metadata = Path(folder, "metadata.pb")
-            metadata.write_bytes(
-                llm_metadata(tokens, context).SerializeToString(deterministic=True)
-            )
+            metadata.write_bytes(llm_metadata(tokens, context).SerializeToString(deterministic=True))
             bundle = builder.LitertLmFileBuilder()
             bundle.add_llm_metadata(str(metadata))
             bundle.add_hf_tokenizer(str(tokenizer))
@@ -54,16 +52,12 @@ def write_bundle(
             stamp = _stamp(metadata, Path(tokenizer), Path(tflite))
             with (
                 aside.open("wb") as file,
-                mock.patch.object(
-                    builder, "populate_system_metadata", lambda given: [*given, *stamp]
-                ),
+                mock.patch.object(builder, "populate_system_metadata", lambda given: [*given, *stamp]),
             ):
                 bundle.build(file, validate_metadata=True)
         aside.replace(path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free the disk or choose another"
-        ) from error
+        raise UserError(f"cannot write {path}: {error.strerror}; free the disk or choose another") from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -88,9 +88,7 @@ class Engine:
         """
         chosen = interfaces.SamplerConfig(top_k=64, top_p=top_p, temperature=temperature, seed=seed)
         sampler = chosen if temperature > 0 else GREEDY
-        with self._engine.create_conversation(
-            sampler_config=sampler, max_output_tokens=max_tokens
-        ) as conversation:
+        with self._engine.create_conversation(sampler_config=sampler, max_output_tokens=max_tokens) as conversation:
 
             def say(message: str) -> Iterator[str]:
                 try:
@@ -114,9 +112,7 @@ class Engine:
 
         They differ by the start token, which the engine puts in front by itself.
         """
-        with self._engine.create_conversation(
-            sampler_config=GREEDY, max_output_tokens=1
-        ) as conversation:
+        with self._engine.create_conversation(sampler_config=GREEDY, max_output_tokens=1) as conversation:
             rendered = conversation.render_message_to_string(prompt)
             conversation.send_message(prompt)
             info = conversation.get_benchmark_info()
@@ -177,7 +173,5 @@ def _bundle(path: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; export a bundle first") from None
     if magic != b"LITERTLM":
-        raise UserError(
-            f"{path} is no .litertlm bundle; make one with 'python -m conversion export'"
-        )
+        raise UserError(f"{path} is no .litertlm bundle; make one with 'python -m conversion export'")
     return path

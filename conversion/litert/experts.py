@@ -27,9 +27,7 @@ _FEW = 2.5  # mean rows of an expert up to which single rows beat tiles
 class Experts:
     """One layer's experts in a file: weights stored once, subgraphs made once per tile size."""
 
-    def __init__(
-        self, model: Model, gate_up: Int4, down: Int4, activation: str, name: str = "experts"
-    ) -> None:
+    def __init__(self, model: Model, gate_up: Int4, down: Int4, activation: str, name: str = "experts") -> None:
         """Codes of `gate_up` are [E, 2F, D], gate rows first, of `down` [E, D, F]; E >= 2."""
         if activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"activation {activation!r} is neither silu nor gelu_tanh")
@@ -55,9 +53,7 @@ class Experts:
         g = self.model.graph(f"{self.name}/{name}")
         return g, [g.input(*i) for i in inputs]
 
-    def add_if(
-        self, g: Graph, cond: int, e: int, total: int, x: int, scales: int, out: int | None = None
-    ) -> int:
+    def add_if(self, g: Graph, cond: int, e: int, total: int, x: int, scales: int, out: int | None = None) -> int:
         """Append: total + scales[e] * expert e(x) if `cond` [] holds, else total; x [1, D], scales [E, 1]."""
         leaf, skip = self._branches(1, e)
         return _if(g, cond, [total, x, scales], leaf, skip, g.like(x) if out is None else out)
@@ -132,9 +128,7 @@ def feed_forward(g: Graph, x: int, weights: tuple[Stored, Stored], activation: s
     return g.fully_connected(g.add("MUL", [gate, up], half), g.int4(down, "down"))
 
 
-def expand(
-    g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None
-) -> int:
+def expand(g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None) -> int:
     """Append y [T, D] = sum over k of weights[t, k] * expert_{ids[t, k]}(x[t]) to `g`.
 
     x [T, D] float32, ids [T, K] int32 in [0, E), weights [T, K] float32, T static; `out` is an existing
@@ -144,9 +138,7 @@ def expand(
     return form(g, experts, x, ids, weights, out)
 
 
-def expand_decode(
-    g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None
-) -> int:
+def expand_decode(g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None) -> int:
     """`expand` for T = 1: a chain of E IFs that hands the sum on; only the chosen experts run.
 
     An expert of weight 0 is not run. At E=60, K=4 an IF not taken costs 0.4 us; IFs over groups of experts
@@ -178,9 +170,7 @@ def tiling(tokens: int, choices: int, experts: int) -> tuple[int, int]:
     return rows, math.ceil(need / rows)
 
 
-def expand_prefill(
-    g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None
-) -> int:
+def expand_prefill(g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None) -> int:
     """`expand` for T > 1: J tiles of C of its own tokens for every expert, then a loop for the overfull."""
     tokens, choices = g.shape(ids)
     n, width, routed = len(experts), experts.width, tokens * choices
@@ -235,9 +225,7 @@ def expand_prefill(
     place = _unpack(g, _reshape(g, place, tokens, choices), axis=1)
     shares = _unpack(g, _reshape(g, weights, tokens, choices, 1), axis=1)
     like_y = ((tokens, width), F32)
-    terms = [
-        g.add("MUL", [_take(g, table, p), w], like_y) for p, w in zip(place, shares, strict=True)
-    ]
+    terms = [g.add("MUL", [_take(g, table, p), w], like_y) for p, w in zip(place, shares, strict=True)]
     terms += [g.const(np.zeros((1, width), np.float32))] if choices == 1 else []
     never_overfull = routed <= capacity
     y = terms[0]
@@ -249,9 +237,7 @@ def expand_prefill(
     return _add_rest(g, experts, (y, x, token, scale, first, beyond), (rows, capacity), out)
 
 
-def _add_rest(
-    g: Graph, experts: Experts, state: Sequence[int], tile: tuple[int, int], out: int | None
-) -> int:
+def _add_rest(g: Graph, experts: Experts, state: Sequence[int], tile: tuple[int, int], out: int | None) -> int:
     """y plus what the pairs past the capacity add, if there are any; state is y, x and the sorted pairs."""
     (rows, capacity), like_n = tile, g.like(state[-1])
     over = g.add("SUB", [state[-1], state[-2]], like_n)

@@ -180,9 +180,7 @@ class Model:
         self.graphs.append(Graph(self, len(self.graphs), t))
         return self.graphs[-1]
 
-    def signature(
-        self, key: str, graph: "Graph", inputs: dict[str, int], outputs: dict[str, int]
-    ) -> None:
+    def signature(self, key: str, graph: "Graph", inputs: dict[str, int], outputs: dict[str, int]) -> None:
         """Name a subgraph's inputs and outputs for callers."""
         given, got = ([schema.TensorMapT(n, i) for n, i in d.items()] for d in (inputs, outputs))
         self.t.signatureDefs.append(schema.SignatureDefT(given, got, key, graph.index))
@@ -294,9 +292,7 @@ class Graph:
 
     # Operators
 
-    def add(
-        self, op: str, inputs: Sequence[int], *outs: Out, version: int = 1, **options: Any
-    ) -> Any:
+    def add(self, op: str, inputs: Sequence[int], *outs: Out, version: int = 1, **options: Any) -> Any:
         """Append a builtin op; returns its output tensor, or a tuple of them when there are several.
 
         `options` are the fields of the op's options table, under the schema's names (numSplits=2).
@@ -355,9 +351,7 @@ class Graph:
         self.t.tensors = [tensors[i] for i in sorted(used)]
         self.t.inputs, self.t.outputs = ([new[i] for i in v] for v in (self.inputs, self.outputs))
         for op in self.ops:
-            op.inputs, op.outputs = (
-                np.array([new[int(i)] for i in v], np.int32) for v in (op.inputs, op.outputs)
-            )
+            op.inputs, op.outputs = (np.array([new[int(i)] for i in v], np.int32) for v in (op.inputs, op.outputs))
         for d in details.values():
             d.scales = new[d.scales]
         for m in named:
@@ -372,9 +366,7 @@ class _AlignedBuffer(schema.BufferT):
         if data is not None:
             builder.StartVector(1, len(data), 16)
             builder.head -= len(data)
-            builder.Bytes[builder.head : builder.head + len(data)] = np.ascontiguousarray(
-                data, np.uint8
-            ).data
+            builder.Bytes[builder.head : builder.head + len(data)] = np.ascontiguousarray(data, np.uint8).data
             data = builder.EndVector()
         schema.BufferStart(builder)
         if data is not None:

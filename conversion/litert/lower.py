@@ -35,9 +35,7 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.logits = model, logits
 
-    def forward(
-        self, tokens: Tensor, input_pos: Tensor, mask: Tensor, **cache: Tensor
-    ) -> dict[str, Tensor]:
+    def forward(self, tokens: Tensor, input_pos: Tensor, mask: Tensor, **cache: Tensor) -> dict[str, Tensor]:
         """tokens int32 [1, S], input_pos int32 [S], mask [1, 1, S, C], kv_cache_{k,v}_{layer} [1, G, C, H]."""
         layers = range(self.model.config.num_layers)
         keys = [cache[f"kv_cache_k_{i}"] for i in layers]
@@ -86,9 +84,7 @@ def export_tflite(
     if not 0 < context <= limit:
         raise UserError(f"context {context} is not within 1 and the model's {limit} positions")
     if not prefill or min(prefill) < 1 or max(prefill) > context:
-        raise UserError(
-            f"prefill lengths {tuple(prefill)} must lie between 1 and context {context}"
-        )
+        raise UserError(f"prefill lengths {tuple(prefill)} must lie between 1 and context {context}")
     length = cache_length(context, prefill)
     with tempfile.TemporaryDirectory() as folder:
         skeleton = Path(folder, "skeleton.tflite")

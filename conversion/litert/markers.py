@@ -109,9 +109,7 @@ def _lower_experts(lctx: Any, h: Value, ids: Value, weights: Value, name: str) -
 
 def _tfl(lctx: Any, name: str, operands: list[Value], attributes: dict[str, ir.Attribute]) -> Value:
     results = lowering_utils.node_meta_to_ir_types(lctx.node)
-    return ir.Operation.create(
-        f"tfl.{name}", results=results, operands=operands, attributes=attributes
-    ).results[0]
+    return ir.Operation.create(f"tfl.{name}", results=results, operands=operands, attributes=attributes).results[0]
 
 
 @lowerings.lower(torch.ops.moe_jax.top_k)

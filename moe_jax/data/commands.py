@@ -29,9 +29,7 @@ def build_tokenizer(
     Raises UserError where `output` exists: checkpoints may depend on it.
     """
     if Path(output).exists() and not overwrite:
-        raise UserError(
-            f"{output} exists, and checkpoints may depend on it; name another file or overwrite it"
-        )
+        raise UserError(f"{output} exists, and checkpoints may depend on it; name another file or overwrite it")
     texts = (document_text(d) for source in sources for d in iter_documents(source, max_bytes))
     tokenizer = Tokenizer.train(texts, vocab_size)
     tokenizer.save(output)
@@ -53,9 +51,7 @@ def inspect_batch(
         at = np.flatnonzero(segments == segment)
         # A token is trained on where the place before it says so.
         trained = np.concatenate([[False], counted[at[:-1]]])
-        lines.append(
-            f"-- segment {segment}: places {at[0]}..{at[-1]}, positions 0..{arrays['positions'][at[-1]]}"
-        )
+        lines.append(f"-- segment {segment}: places {at[0]}..{at[-1]}, positions 0..{arrays['positions'][at[-1]]}")
         runs = np.split(np.arange(len(at)), np.flatnonzero(np.diff(trained)) + 1)
         text = ""
         for run in runs:

@@ -45,18 +45,14 @@ def layout_text(lengths: np.ndarray, order: np.ndarray, S: int) -> Layout:
             if free == 0:
                 first.append(len(pieces))
                 free = S
-            take = min(
-                length - begin, free - (begin > 0)
-            )  # a rest always begins a row: free is S > 1
+            take = min(length - begin, free - (begin > 0))  # a rest always begins a row: free is S > 1
             pieces.append((document, begin, begin + take))
             free -= take + (begin > 0)
             begin += take
     return _layout(pieces, [*first, len(pieces)])
 
 
-def layout_chat(
-    lengths: np.ndarray, order: np.ndarray, S: int, is_trained: Callable[[int, int], bool]
-) -> Layout:
+def layout_chat(lengths: np.ndarray, order: np.ndarray, S: int, is_trained: Callable[[int, int], bool]) -> Layout:
     """First-fit of whole conversations; one longer than S is cut to S, and left out if nothing of it is trained.
 
     `is_trained(document, end)` says whether any of its tokens [1, end] is a target of the loss.
@@ -92,9 +88,7 @@ class PackedRows:
     Documents are laid out in an order drawn from `seed`, or in their own order where it is None.
     """
 
-    def __init__(
-        self, source: TokenizedSource, S: int, bos: int, pad: int, seed: int | None = None
-    ):
+    def __init__(self, source: TokenizedSource, S: int, bos: int, pad: int, seed: int | None = None):
         self._source, self._S, self._bos, self._pad = source, S, bos, pad
         order = np.arange(len(source))
         if seed is not None:
@@ -111,9 +105,7 @@ class PackedRows:
                 lambda d, end: bool(trained[starts[d] + 1 : starts[d] + 1 + end].any()),
             )
         if not len(self):
-            raise UserError(
-                f"no conversation has an assistant's answer within {S} tokens; raise data.seq_len"
-            )
+            raise UserError(f"no conversation has an assistant's answer within {S} tokens; raise data.seq_len")
 
     def __len__(self) -> int:
         return len(self.layout.first_piece) - 1 if len(self.layout.pieces) else 0

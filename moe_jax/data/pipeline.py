@@ -101,17 +101,13 @@ def make_train_iterator(
             f"add text or set data.global_batch_size to {total} or less"
         )
     mixed = grain.MapDataset.mix(sources, [source.weight for source in config.sources])
-    mixed = mixed[
-        : 1 << 48
-    ]  # grain 0.2.18 cannot batch an endless dataset by one: its length overflows
+    mixed = mixed[: 1 << 48]  # grain 0.2.18 cannot batch an endless dataset by one: its length overflows
     local = mixed.batch(B // process_count, batch_fn=stack)[process_index::process_count]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     return TrainIterator(local.to_iter_dataset(options), stats, digest.hexdigest())
 
 
-def heldout_batches(
-    config: DataConfig, tokenizer: Tokenizer, batch_size: int | None = None
-) -> Iterator[Batch]:
+def heldout_batches(config: DataConfig, tokenizer: Tokenizer, batch_size: int | None = None) -> Iterator[Batch]:
     """One pass over `config.heldout` in file order; every token but a document's first is a target exactly once.
 
     Batches are [batch_size or global_batch_size, S]; empty rows fill the last.

@@ -38,9 +38,7 @@ def source_files(path: str) -> list[Path]:
         raise UserError(f"no file matches {path!r}; check the path of the source")
     for file in files:
         if file.is_dir():
-            raise UserError(
-                f"{file} is a folder; name its files with a glob such as '{file}/*.jsonl'"
-            )
+            raise UserError(f"{file} is a folder; name its files with a glob such as '{file}/*.jsonl'")
         if file.suffix not in _READERS:
             raise UserError(f"{file} is of no known kind; use one of {', '.join(_READERS)}")
         if file.stat().st_size == 0:
@@ -58,9 +56,7 @@ def iter_documents(source: SourceConfig, max_bytes: int = 0) -> Iterator[Documen
     for name, document in _all_documents(source.path):
         kind = "text" if isinstance(document, str) else "chat"
         if kind != source.kind:
-            raise UserError(
-                f"{name} holds a {kind} where the source says {source.kind}; set its kind to {kind}"
-            )
+            raise UserError(f"{name} holds a {kind} where the source says {source.kind}; set its kind to {kind}")
         text = document_text(document)
         if not text.strip():
             continue
@@ -106,19 +102,11 @@ def _document(name: str, record: Any) -> Document:
         messages = record.get("messages")
         if isinstance(messages, list) and messages:
             for message in messages:
-                parts = (
-                    (message.get(key) for key in ("role", "content"))
-                    if isinstance(message, dict)
-                    else (None,)
-                )
+                parts = (message.get(key) for key in ("role", "content")) if isinstance(message, dict) else (None,)
                 if not all(isinstance(part, str) for part in parts):
-                    raise UserError(
-                        f"{name} has a message without a role and a content that are strings; mend it"
-                    )
+                    raise UserError(f"{name} has a message without a role and a content that are strings; mend it")
             return [{k: _sound(name, m[k]) for k in ("role", "content")} for m in messages]
-    raise UserError(
-        f"{name} has neither a 'text' string nor a 'messages' list; rename its fields to one of them"
-    )
+    raise UserError(f"{name} has neither a 'text' string nor a 'messages' list; rename its fields to one of them")
 
 
 def _sound(name: str, text: str) -> str:
@@ -141,9 +129,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, Document]]:
             try:
                 record = json.loads(_text(name, line))
             except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{name} is not JSON ({error.msg}); write one object a line"
-                ) from None
+                raise UserError(f"{name} is not JSON ({error.msg}); write one object a line") from None
             yield name, _document(name, record)
 
 

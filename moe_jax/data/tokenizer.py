@@ -52,16 +52,12 @@ class Tokenizer:
         ids = {token: token_id for token, token_id in found.items() if token_id is not None}
         missing = [token for token in SPECIAL_TOKENS if token not in ids and token != PAD]
         if missing:
-            raise UserError(
-                f"{name} lacks {', '.join(missing)}; use a tokenizer with the chat format's tokens"
-            )
+            raise UserError(f"{name} lacks {', '.join(missing)}; use a tokenizer with the chat format's tokens")
         self.bos, self.end, self.eot = ids[BOS], ids[END], ids[EOT]
         self.header_start, self.header_end = ids[HEADER_START], ids[HEADER_END]
         self.pad = ids.get(PAD, self.end)
         if self.decode(self.encode(_PROBE)) != _PROBE:
-            raise UserError(
-                f"{name} does not give back the text it encodes; use a byte-level BPE tokenizer"
-            )
+            raise UserError(f"{name} does not give back the text it encodes; use a byte-level BPE tokenizer")
 
     @property
     def vocab_size(self) -> int:
@@ -79,9 +75,7 @@ class Tokenizer:
         """Learn `vocab_size` entries; same texts, same tokenizer. UserError where there is too little text."""
         least = len(SPECIAL_TOKENS) + 256
         if vocab_size < least:
-            raise UserError(
-                f"vocab_size is {vocab_size}; bytes and special tokens alone need {least}"
-            )
+            raise UserError(f"vocab_size is {vocab_size}; bytes and special tokens alone need {least}")
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -121,9 +115,7 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"cannot read the tokenizer at {path}: {error.strerror}") from None
         except Exception as error:  # the library raises bare Exception for anything it cannot parse
-            raise UserError(
-                f"{path} is no sound tokenizer.json ({error}); train or copy it again"
-            ) from None
+            raise UserError(f"{path} is no sound tokenizer.json ({error}); train or copy it again") from None
         return Tokenizer(backend, str(path))
 
     def save(self, path: str | Path) -> None:

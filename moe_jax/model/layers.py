@@ -91,12 +91,8 @@ def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
 class Linear(nnx.Module):
     """x @ kernel without bias; `kernel` is [L, in, out], stacked over layers."""
 
-    def __init__(
-        self, rngs, layers: int, shape: tuple[int, int], axes: tuple[str, str], scale: float
-    ):
-        self.kernel = parameter(
-            rngs, (layers, *shape), ("layers", *axes), scale=scale, quant_axis=-2
-        )
+    def __init__(self, rngs, layers: int, shape: tuple[int, int], axes: tuple[str, str], scale: float):
+        self.kernel = parameter(rngs, (layers, *shape), ("layers", *axes), scale=scale, quant_axis=-2)
 
     def __call__(self, x: jax.Array, compute: Compute) -> jax.Array:
         return compute.activation(x) @ compute.weight(self.kernel)

@@ -116,9 +116,7 @@ class MoE(nnx.Module):
         self.shared = GatedFFN(rngs, cfg, width) if width else None
         self.moe = moe
 
-    def __call__(
-        self, x_BSD: jax.Array, real_BS: jax.Array, compute: Compute
-    ) -> tuple[jax.Array, RouterStats]:
+    def __call__(self, x_BSD: jax.Array, real_BS: jax.Array, compute: Compute) -> tuple[jax.Array, RouterStats]:
         """The feed-forward of one layer; `real_BS` is false at padding."""
         ids_BSK, mix_BSK, stats = self.router(x_BSD, real_BS)
         y_BSD, kept = through_experts(

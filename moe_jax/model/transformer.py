@@ -17,9 +17,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig):
         shape = (cfg.vocab_size, cfg.d_model)
-        self.embedding = parameter(
-            rngs, shape, ("vocab", "embed"), scale=cfg.init_scale, quant_axis=-1
-        )
+        self.embedding = parameter(rngs, shape, ("vocab", "embed"), scale=cfg.init_scale, quant_axis=-1)
 
     def table(self, compute: Compute) -> jax.Array:
         """[V, D] as lookups and the head see it."""

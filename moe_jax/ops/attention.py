@@ -21,9 +21,7 @@ def causal_mask(
     return same & (query_positions_BS[:, :, None] >= key_positions_BC[:, None, :])
 
 
-def attention(
-    q_BSNH: jax.Array, k_BCGH: jax.Array, v_BCGH: jax.Array, mask_BSC: jax.Array
-) -> jax.Array:
+def attention(q_BSNH: jax.Array, k_BCGH: jax.Array, v_BCGH: jax.Array, mask_BSC: jax.Array) -> jax.Array:
     """Softmax attention scaled by 1/sqrt(H), scores and softmax in float32: [B, S, N, H]."""
     batch, length, heads, width = q_BSNH.shape
     q_BSGPH = q_BSNH.reshape(batch, length, k_BCGH.shape[2], -1, width)

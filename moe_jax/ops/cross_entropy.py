@@ -67,9 +67,7 @@ def _forward(hidden_BSD, head_VD, targets_BS, weight_BS, chunk):
         grad_logits = (jnp.exp(logits - log_z[..., None]) - hit) * weight[..., None]
         grad_logits = grad_logits.astype(hidden.dtype)
         grad_hidden = jnp.einsum("bcv,vd->bcd", grad_logits, head_VD)
-        grad_head += jnp.einsum(
-            "bcv,bcd->vd", grad_logits, hidden, preferred_element_type=jnp.float32
-        )
+        grad_head += jnp.einsum("bcv,bcd->vd", grad_logits, hidden, preferred_element_type=jnp.float32)
         return (total + loss, grad_head), grad_hidden
 
     chunks = tuple(_chunked(x, chunk) for x in (hidden_BSD, targets_BS, weight_BS))

@@ -56,9 +56,7 @@ def int4_codes(w: Any, scales: Any, axis: int, group: int = 32) -> Any:
 def int4_dequantize(codes: Any, scales: Any, axis: int, group: int = 32) -> Any:
     """The float32 weights that `codes` and `scales` stand for."""
     xp = _xp(codes)
-    values = _grouped(codes, axis, group).astype(np.float32) * xp.expand_dims(
-        scales.astype(np.float32), axis
-    )
+    values = _grouped(codes, axis, group).astype(np.float32) * xp.expand_dims(scales.astype(np.float32), axis)
     return values.reshape(codes.shape)
 
 
@@ -70,9 +68,7 @@ def _straight_through(value: jax.Array, gradient_to: jax.Array) -> jax.Array:
 def fake_quant(w: jax.Array, axis: int, group: int = 32) -> jax.Array:
     """`w` rounded to the INT4 grid in the forward pass; the gradient passes straight through."""
     scales = int4_scales(w, axis, group)
-    return _straight_through(
-        int4_dequantize(int4_codes(w, scales, axis, group), scales, axis, group), w
-    )
+    return _straight_through(int4_dequantize(int4_codes(w, scales, axis, group), scales, axis, group), w)
 
 
 def quantize_rows_int8(x: Any) -> tuple[Any, Any, Any]:
@@ -85,7 +81,7 @@ def quantize_rows_int8(x: Any) -> tuple[Any, Any, Any]:
     one = np.float32(1.0)
     low = xp.minimum(xp.min(x, axis=-1, keepdims=True), np.float32(0.0))
     high = xp.maximum(xp.max(x, axis=-1, keepdims=True), np.float32(0.0))
-    flat = low == high
+    flat = high - low < np.float32(1e-30)  # 255 over less could overflow; such a row is zeros
     inverse = xp.where(flat, one, np.float32(255.0) / xp.where(flat, one, high - low))
     low_scaled, high_scaled = low * inverse, high * inverse
     below, above = np.float32(-128.0), np.float32(127.0)

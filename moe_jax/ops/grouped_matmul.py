@@ -74,9 +74,7 @@ def tile_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
     return up_to(512, m), up_to(1024, k), up_to(1024, n)
 
 
-def _megablox(
-    lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array, interpret: bool
-) -> jax.Array:
+def _megablox(lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array, interpret: bool) -> jax.Array:
     rows = lhs_MK.shape[0]
     tile_m = tile_sizes(rows, *rhs_EKN.shape[1:])[0]
     padded = jnp.pad(lhs_MK, ((0, -rows % tile_m), (0, 0)))
@@ -115,9 +113,7 @@ def _tile_plan(rows: int, sizes_E: jax.Array, tile: int) -> tuple[jax.Array, jax
     return group, first, ends_E[-1]
 
 
-def _tile_product(
-    lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array, transpose: bool
-) -> jax.Array:
+def _tile_product(lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array, transpose: bool) -> jax.Array:
     rows, tile = lhs_MK.shape[0], _tile_rows(lhs_MK.shape[0], rhs_EKN.shape[0])
     group, first, count = _tile_plan(rows, sizes_E, tile)
     padded = jnp.pad(lhs_MK, ((0, tile), (0, 0)))

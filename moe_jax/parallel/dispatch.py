@@ -65,9 +65,7 @@ def _return_rows_forward(rows_RD, pair_R, slot_TK, kept_TK):
 def _return_rows_backward(residuals, grad_TKD):
     pair_R, slot_TK, kept_TK = residuals
     pairs = grad_TKD.reshape(-1, grad_TKD.shape[-1])
-    held_R = (slot_TK.reshape(-1)[pair_R] == jnp.arange(pair_R.shape[0])) & kept_TK.reshape(-1)[
-        pair_R
-    ]
+    held_R = (slot_TK.reshape(-1)[pair_R] == jnp.arange(pair_R.shape[0])) & kept_TK.reshape(-1)[pair_R]
     return jnp.where(held_R[:, None], pairs[pair_R], 0), None, None, None
 
 
@@ -92,17 +90,13 @@ def plan_rows(ids_TK: jax.Array, num_experts: int, capacity: int | None):
     rank = position - starts_E[jnp.minimum(ids, num_experts - 1)]
     kept = real & (rank < capacity)
     slot = jnp.where(kept, ids * capacity + rank, 0)
-    source = starts_E[:, None] + jnp.minimum(
-        jnp.arange(capacity), jnp.maximum(sizes_E - 1, 0)[:, None]
-    )
+    source = starts_E[:, None] + jnp.minimum(jnp.arange(capacity), jnp.maximum(sizes_E - 1, 0)[:, None])
     pair_R = order[jnp.minimum(source.reshape(-1), order.size - 1)]
     plan = Plan(slot.reshape(ids_TK.shape), kept.reshape(ids_TK.shape))
     return pair_R, jnp.full(num_experts, capacity, jnp.int32), plan
 
 
-def run_local(
-    experts: Experts, weights, x_TD, ids_TK, mix_TK, num_experts: int, capacity: int | None
-):
+def run_local(experts: Experts, weights, x_TD, ids_TK, mix_TK, num_experts: int, capacity: int | None):
     """Dispatch, experts, combine on one device: (y_TD float32, kept pairs int32)."""
     pair_R, sizes_E, plan = plan_rows(ids_TK, num_experts, capacity)
     rows_RD = experts(_take_rows(x_TD, pair_R, *plan), sizes_E, *weights)
@@ -140,9 +134,7 @@ def through_experts(
             x, ids, mix = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, ids, mix))
             ids = ids - jax.lax.axis_index("expert") * local_experts
             ids = jnp.where((ids >= 0) & (ids < local_experts), ids, local_experts)
-        y_TD, kept = run_local(
-            experts, (gate_up, down), x, ids, mix, local_experts, _capacity(moe, ids.shape[0])
-        )
+        y_TD, kept = run_local(experts, (gate_up, down), x, ids, mix, local_experts, _capacity(moe, ids.shape[0]))
         if group > 1:
             y_TD = jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
         # One count per device: a sum in here returned as replicated could not be checked.

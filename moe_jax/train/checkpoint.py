@@ -44,9 +44,7 @@ def complete_steps(run_dir: str | Path) -> list[int]:
     return sorted(int(name) for name in names)
 
 
-def load_parameters(
-    run_dir: str | Path, step: int | None = None
-) -> tuple[RunConfig, dict[str, np.ndarray]]:
+def load_parameters(run_dir: str | Path, step: int | None = None) -> tuple[RunConfig, dict[str, np.ndarray]]:
     """Config and {tree path: array} of parameters and router biases, on the host, without devices or shardings.
 
     Raises:
@@ -110,9 +108,7 @@ class Checkpoints:
         try:
             self.clean()
             self.folder.mkdir(parents=True, exist_ok=True)
-            if (
-                target := self.folder / str(step)
-            ).exists():  # incomplete, else it had been restored
+            if (target := self.folder / str(step)).exists():  # incomplete, else it had been restored
                 os.rename(target, self.folder / f"{step}.damaged-{time.time_ns()}")
             with ocp.Context(async_options=options):
                 response = ocp.save_checkpointables_async(
@@ -204,9 +200,7 @@ def _describe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     except Exception as error:
         raise _unreadable(path, error) from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is no checkpoint of this trainer or is damaged; name another folder"
-        )
+        raise UserError(f"{path} is no checkpoint of this trainer or is damaged; name another folder")
     if any(not isinstance(trees.get(name), dict) for name in ("model", "optimizer")):
         raise _unreadable(path, ValueError("its list of arrays cannot be read"))
     return metadata, {name: trees[name] for name in ("model", "optimizer")}
@@ -265,9 +259,7 @@ def _load(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 def _unreadable(path: Path, error: Exception) -> UserError:
     earlier = [s for s in complete_steps(path.parents[1]) if s < int(path.name)]
     mend = f"to fall back to step {earlier[-1]}" if earlier else "and train again"
-    return UserError(
-        f"checkpoint {path} is truncated or damaged ({_reason(error)}); remove it {mend}"
-    )
+    return UserError(f"checkpoint {path} is truncated or damaged ({_reason(error)}); remove it {mend}")
 
 
 def _reason(error: BaseException) -> str:

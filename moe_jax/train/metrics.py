@@ -56,9 +56,7 @@ class Metrics:
         self._peak = peak_flops(devices[0]) * count
         self._flops = train_flops_per_token(cfg.model, cfg.data.seq_len)
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=cfg.steps, initial=step, desc=cfg.stage, unit="step", disable=not terminal
-        )
+        self._bar = tqdm(total=cfg.steps, initial=step, desc=cfg.stage, unit="step", disable=not terminal)
         self._plain, self._printed, self._rate = not terminal, -math.inf, 0.0
 
     def __enter__(self) -> Metrics:
@@ -68,9 +66,7 @@ class Metrics:
         for part in (self._bar, self._board, self._file):
             part.close()
 
-    def log(
-        self, step: int, values: dict[str, Any], seconds: float, real: int, trained: float
-    ) -> None:
+    def log(self, step: int, values: dict[str, Any], seconds: float, real: int, trained: float) -> None:
         """One step line.
 
         Args:
@@ -91,9 +87,7 @@ class Metrics:
         line |= {"dropped": np.asarray(values["dropped_L"]).tolist()}
         counts = {}
         if step % self._cfg.checkpoint.every_steps == 0 or step == self._cfg.steps:
-            counts["expert_tokens"] = np.asarray(
-                values["counts_LE"]
-            ).tolist()  # too long for every line
+            counts["expert_tokens"] = np.asarray(values["counts_LE"]).tolist()  # too long for every line
         self._file.write(json.dumps(line | counts) + "\n")
         points = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
         for name, values_L in line.items():
@@ -104,21 +98,15 @@ class Metrics:
 
     def event(self, name: str, step: int, **fields: Any) -> None:
         """A line about the run itself: start, end, non_finite."""
-        self._file.write(
-            json.dumps({"event": name, "step": step, "time": time.time(), **fields}) + "\n"
-        )
+        self._file.write(json.dumps({"event": name, "step": step, "time": time.time(), **fields}) + "\n")
 
     def _show(self, step: int, line: dict[str, Any]) -> None:
-        self._bar.set_postfix(
-            loss=f"{line['loss']:.3f}", tok_s=f"{line['tokens_per_second']:,.0f}", refresh=False
-        )
+        self._bar.set_postfix(loss=f"{line['loss']:.3f}", tok_s=f"{line['tokens_per_second']:,.0f}", refresh=False)
         self._bar.update(step - self._bar.n)
         seconds = line["seconds"]
         self._rate = 0.9 * self._rate + 0.1 * seconds if self._rate else seconds
         left = (self._cfg.steps - step) * self._rate
-        if self._plain and (
-            time.monotonic() - self._printed > _PLAIN_SECONDS or step == self._cfg.steps
-        ):
+        if self._plain and (time.monotonic() - self._printed > _PLAIN_SECONDS or step == self._cfg.steps):
             self._printed = time.monotonic()
             minutes = f"{int(left) // 60}:{int(left) % 60:02d} left"
             print(

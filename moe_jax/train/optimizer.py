@@ -26,9 +26,7 @@ def make_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [cfg.warmup_steps])
 
 
-def make_optimizer(
-    cfg: OptimizerConfig, steps: int, model: ModelConfig
-) -> optax.GradientTransformation:
+def make_optimizer(cfg: OptimizerConfig, steps: int, model: ModelConfig) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW; norm scales do not decay."""
     leaves = {path: leaf for path, leaf in describe(model).items() if leaf.trained}
     decays = unflatten_paths({path: "norm" not in leaf.axes for path, leaf in leaves.items()})

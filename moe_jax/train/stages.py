@@ -19,9 +19,7 @@ def run_stages(configs: Sequence[RunConfig], root: str | Path) -> list[Path]:
     """
     names = [cfg.stage for cfg in configs]
     if len(set(names)) < len(names):
-        raise UserError(
-            f"two stages have the same name ({', '.join(names)}); set stage in one of them"
-        )
+        raise UserError(f"two stages have the same name ({', '.join(names)}); set stage in one of them")
     folders: list[Path] = []
     for cfg in configs:
         folder = Path(root).absolute() / cfg.stage

@@ -21,9 +21,7 @@ from moe_jax.train.balance import update_bias
 from moe_jax.train.optimizer import make_optimizer, make_schedule
 from moe_jax.train.state import TrainState, assemble, compute_for, state_shardings
 
-Batch = dict[
-    str, Any
-]  # tokens, targets, segment_ids, positions int32 [B, S]; loss_mask float32 [B, S]
+Batch = dict[str, Any]  # tokens, targets, segment_ids, positions int32 [B, S]; loss_mask float32 [B, S]
 Metrics = dict[str, jax.Array]
 
 
@@ -98,9 +96,7 @@ def make_loss_and_grads(cfg: RunConfig, mesh: Mesh) -> Callable[[dict, dict, Bat
     return loss_and_grads
 
 
-def make_train_step(
-    cfg: RunConfig, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step; the state is donated. Batches come from `put_batch`."""
     optimizer = make_optimizer(cfg.optimizer, cfg.steps, cfg.model)
     schedule = make_schedule(cfg.optimizer, cfg.steps)
@@ -113,9 +109,7 @@ def make_train_step(
         params: Any = optax.apply_updates(state.params, updates)
         biases = state.biases
         if moe is not None and moe.use_expert_bias:
-            biases = jax.tree.map(
-                lambda bias: update_bias(bias, parts.counts_LE, moe.bias_update_rate), biases
-            )
+            biases = jax.tree.map(lambda bias: update_bias(bias, parts.counts_LE, moe.bias_update_rate), biases)
         tokens = batch["loss_mask"].sum()
         metrics: Metrics = {
             "loss": parts.nll / jnp.maximum(tokens, 1.0),
@@ -133,9 +127,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings(cfg, mesh), None))
 
 
-def make_eval_step(
-    cfg: RunConfig, mesh: Mesh
-) -> Callable[[dict, dict, Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(cfg: RunConfig, mesh: Mesh) -> Callable[[dict, dict, Batch], tuple[jax.Array, jax.Array]]:
     """A jitted function of (params, biases, batch) -> (sum of nats, number of loss-bearing tokens)."""
 
     def evaluate(params: dict, biases: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -159,16 +159,12 @@ def _check_folder(cfg: RunConfig, run_dir: Path) -> None:
     try:
         stored = from_dict(RunConfig, json.loads(path.read_text()))
     except (ValueError, UserError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); name another folder with --run"
-        ) from None
+        raise UserError(f"{path} cannot be read ({error}); name another folder with --run") from None
     changed = differences(stored, cfg)
     refused = {k: v for k, v in changed.items() if not k.startswith(_MAY_CHANGE)}
     if refused:
         listed = "; ".join(f"{name} was {a!r}, is {b!r}" for name, (a, b) in refused.items())
-        raise UserError(
-            f"{run_dir} holds another run: {listed}; restore the options or name another folder"
-        )
+        raise UserError(f"{run_dir} holds another run: {listed}; restore the options or name another folder")
 
 
 def _visible(folder: Path) -> Iterator[Path]:
@@ -204,9 +200,7 @@ def _first_state(
     tokenizer.require(vocab, stored["tokenizer"])
     last, wanted = complete_steps(cfg.init_from)[-1], stored["config"]["steps"]
     if last != wanted:
-        raise UserError(
-            f"init_from {cfg.init_from} stopped at step {last} of {wanted}; finish it first"
-        )
+        raise UserError(f"init_from {cfg.init_from} stopped at step {last} of {wanted}; finish it first")
     params, biases = restore_model(cfg.init_from, abstract_state(cfg, mesh))
     return replace(init_state(cfg, mesh), params=params, biases=biases), 0
 

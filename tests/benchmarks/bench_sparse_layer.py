@@ -60,9 +60,7 @@ class Runner:
         return time.perf_counter() - start
 
 
-def feed_forwards(
-    rng: np.random.Generator, tokens: int, width: int, inner: int, count: int
-) -> Model:
+def feed_forwards(rng: np.random.Generator, tokens: int, width: int, inner: int, count: int) -> Model:
     """A file with `count` dense feed-forwards, one signature each."""
     model = Model()
     for i in range(count):
@@ -104,9 +102,7 @@ def measure(args: argparse.Namespace, tokens: int, folder: Path) -> dict[str, di
         "sparse": layer(bank, tokens, k, sparse=True),
         "all": layer(bank, tokens, k, sparse=False),
     }
-    runners = {
-        n: Runner(m, folder / f"{n}{tokens}.tflite", args.threads) for n, m in models.items()
-    }
+    runners = {n: Runner(m, folder / f"{n}{tokens}.tflite", args.threads) for n, m in models.items()}
     repeats = args.repeats or (1000 if tokens == 1 else 60)
 
     def feed(i: int) -> dict[str, np.ndarray]:
@@ -133,9 +129,7 @@ def measure(args: argparse.Namespace, tokens: int, folder: Path) -> dict[str, di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 128])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--width", type=int, default=768)

@@ -72,9 +72,7 @@ def run_dir(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return write_run(tmp_path_factory.mktemp("run"), exported.weights.config, exported.tokenizer)
 
 
-def write_run(
-    folder: Path, config: ModelConfig, tokenizer: Tokenizer, quant: QuantConfig | None = QAT
-) -> Path:
+def write_run(folder: Path, config: ModelConfig, tokenizer: Tokenizer, quant: QuantConfig | None = QAT) -> Path:
     """A run folder with a checkpoint of `weights.random_parameters`, as the trainer writes it."""
     heldout = folder / "heldout.txt"
     heldout.write_text("def add(first, second):\n    return first + second  # and on\n" * 40)

@@ -48,9 +48,7 @@ def test_every_command_shows_an_example(command, capsys):
         (["chat", "{bundle}", "--prompt", "word " * 100], "context"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_sentence_and_status_2(
-    run_dir, exported, tmp_path, capsys, words, sentence
-):
+def test_bad_input_is_one_sentence_and_status_2(run_dir, exported, tmp_path, capsys, words, sentence):
     places = {"run": run_dir, "bundle": exported.bundle, "none": tmp_path / "none"}
     assert main([word.format(**places) for word in words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -59,9 +57,7 @@ def test_bad_input_is_one_sentence_and_status_2(
 
 
 @KINDS
-def test_verify_ends_with_status_1_and_the_name_of_what_differs(
-    run_dir, exported, tmp_path, capsys
-):
+def test_verify_ends_with_status_1_and_the_name_of_what_differs(run_dir, exported, tmp_path, capsys):
     name = "model.layers.0.self_attn.o_proj"
     raw = bytearray(exported.bundle.read_bytes())
     raw[raw.index(np.ascontiguousarray(exported.weights.packed(name)).tobytes())] ^= 1

@@ -57,9 +57,7 @@ def product(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return ((codes.astype(np.float32) - zero) * scale) @ w.T
 
 
-def reference(
-    x: np.ndarray, ids: np.ndarray, w: np.ndarray, bank: Bank, activation: str = "silu"
-) -> np.ndarray:
+def reference(x: np.ndarray, ids: np.ndarray, w: np.ndarray, bank: Bank, activation: str = "silu") -> np.ndarray:
     """The definition: expert after expert, on every token."""
     gate_up, down = (m.dequantize() for m in bank)
     y = np.zeros_like(x)
@@ -144,9 +142,7 @@ def test_order_of_choices_does_not_matter(layer_of_six):
     layer, _, tokens = layer_of_six
     rng = np.random.default_rng(1)
     x, ids, w = batch_of(rng, tokens, 3, 6)
-    np.testing.assert_allclose(
-        layer(x, ids, w), layer(x, ids[:, ::-1], w[:, ::-1]), rtol=1e-4, atol=1e-3
-    )
+    np.testing.assert_allclose(layer(x, ids, w), layer(x, ids[:, ::-1], w[:, ::-1]), rtol=1e-4, atol=1e-3)
 
 
 def test_a_token_does_not_see_the_others(layer_of_six):
@@ -166,9 +162,7 @@ def test_decode_does_not_read_experts_that_were_not_chosen(tmp_path):
         new.codes[chosen], new.scales[chosen] = old.codes[chosen], old.scales[chosen]
     x, _, w = batch_of(rng, 1, 4, 16)
     ids = np.array([chosen], np.int32)
-    a, b = (
-        load(model_of(m, {"layer": 1}, 4), tmp_path / "m.tflite")(x, ids, w) for m in (bank, other)
-    )
+    a, b = (load(model_of(m, {"layer": 1}, 4), tmp_path / "m.tflite")(x, ids, w) for m in (bank, other))
     assert np.array_equal(a, b)
 
 
@@ -181,9 +175,7 @@ def test_only_experts_with_tokens_are_entered(tmp_path, tokens):
     code = model.opcode("IF")
     conditions = [int(op.inputs[0]) for op in g.ops if op.opcodeIndex == code]
     rows, tiles = tiling(tokens, 2, 16) if tokens > 1 else (1, 1)
-    assert len(conditions) == 16 * tiles + (
-        tokens > 1
-    )  # and one for what is left of overfull experts
+    assert len(conditions) == 16 * tiles + (tokens > 1)  # and one for what is left of overfull experts
     conditions = conditions[: 16 * tiles]
     rank_1 = [g.add("RESHAPE", [c, g.const([1])], ((1,), "bool"), newShape=[1]) for c in conditions]
     y = g.add("CONCATENATION", rank_1, ((16 * tiles,), "bool"), axis=0)
@@ -201,10 +193,7 @@ def test_weights_lie_only_in_branches_and_once_in_the_file(tmp_path):
     calls = {"decode": 1, "prefill_16": 16, "prefill_128": 128}
     model = model_of(bank_of(np.random.default_rng(4), 16), calls, 4)
     main = {s.subgraphIndex for s in model.t.signatureDefs}
-    held = {
-        g.index: [t.buffer for i, t in enumerate(g.t.tensors) if g.like(i)[1] == "int4"]
-        for g in model.graphs
-    }
+    held = {g.index: [t.buffer for i, t in enumerate(g.t.tensors) if g.like(i)[1] == "int4"] for g in model.graphs}
     assert not any(held[i] for i in main)
     assert {len(h) for h in held.values()} == {0, 2}  # no subgraph holds two experts
     assert len({b for h in held.values() for b in h}) == 16 * 2
@@ -218,9 +207,7 @@ def test_signatures_of_one_file_agree(tmp_path):
     interpreter = Interpreter(str(tmp_path / "m.tflite"), num_threads=2)
     prefill, decode = (interpreter.get_signature_runner(n) for n in ("prefill", "decode"))
     together = prefill(x=x, ids=ids, weights=w)["y"]
-    each = [
-        decode(x=x[t : t + 1], ids=ids[t : t + 1], weights=w[t : t + 1])["y"] for t in range(20)
-    ]
+    each = [decode(x=x[t : t + 1], ids=ids[t : t + 1], weights=w[t : t + 1])["y"] for t in range(20)]
     np.testing.assert_allclose(together, np.concatenate(each), rtol=1e-4, atol=1e-3)
 
 

@@ -65,9 +65,7 @@ def test_a_failed_overwrite_leaves_the_old_files_and_nothing_else(run, tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
-        with pytest.raises(
-            UserError, match=r"cannot write .*m\.(litertlm|safetensors).*free the disk"
-        ):
+        with pytest.raises(UserError, match=r"cannot write .*m\.(litertlm|safetensors).*free the disk"):
             export(run, tmp_path / "m.litertlm", prefill=(4,), overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

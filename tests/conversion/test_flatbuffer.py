@@ -50,9 +50,7 @@ def test_the_runtime_multiplies_by_the_stored_weights(tmp_path, behind_root, gro
     # Rows of whole numbers from -128 to 127 are their own INT8 codes, so the product is exact.
     x = np.random.default_rng(1).integers(-128, 128, (2, 128)).astype(np.float32)
     x[:, :2] = [-128, 127]
-    np.testing.assert_allclose(
-        run(tmp_path / "m.tflite", x=x), x @ weight.dequantize().T, rtol=1e-5
-    )
+    np.testing.assert_allclose(run(tmp_path / "m.tflite", x=x), x @ weight.dequantize().T, rtol=1e-5)
 
 
 def test_an_int4_lookup_returns_the_stored_rows(tmp_path):
@@ -139,6 +137,4 @@ def test_surgery_puts_ops_in_the_place_of_a_marker(tmp_path):
     model.write(tmp_path / "m.tflite")
     x = np.random.default_rng(5).integers(-64, 64, (2, 32)).astype(np.float32)
     x[:, :2] = [-64, 63.5]
-    np.testing.assert_allclose(
-        run(tmp_path / "m.tflite", x=x), -2 * x @ weight.dequantize().T, rtol=1e-5
-    )
+    np.testing.assert_allclose(run(tmp_path / "m.tflite", x=x), -2 * x @ weight.dequantize().T, rtol=1e-5)

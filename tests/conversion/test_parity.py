@@ -24,9 +24,7 @@ SOFTMAX = dataclasses.replace(
     MOE,
     activation="gelu_tanh",
     qk_norm=False,
-    moe=dataclasses.replace(
-        ROUTED, score_func="softmax", norm_topk_prob=False, shared_expert_width=0
-    ),
+    moe=dataclasses.replace(ROUTED, score_func="softmax", norm_topk_prob=False, shared_expert_width=0),
 )
 IDS = np.random.default_rng(2).integers(0, 300, (2, 40)).astype(np.int32)
 
@@ -43,8 +41,7 @@ def pair(config: ModelConfig) -> tuple[Transformer, weights.Weights]:
     rng = np.random.default_rng(5)
     parameters = keymap.to_jax(dense, config)
     parameters = {
-        path: (value * rng.uniform(0.9, 1.1, value.shape)).astype(np.float32)
-        for path, value in parameters.items()
+        path: (value * rng.uniform(0.9, 1.1, value.shape)).astype(np.float32) for path, value in parameters.items()
     }
     state = nnx.state(model)
     flat = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}

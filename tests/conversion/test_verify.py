@@ -22,9 +22,7 @@ KINDS = pytest.mark.parametrize("exported", ["moe"], indirect=True)
 
 def rung_1(run_dir: Path, path: Path) -> readback.Findings:
     run, parameters, source = load(run_dir)
-    return verify.codes_and_scales(
-        readback.sections(path).tflite, run.model, parameters, source.group
-    )
+    return verify.codes_and_scales(readback.sections(path).tflite, run.model, parameters, source.group)
 
 
 def damaged(path: Path, folder: Path, content: np.ndarray, byte: int, mask: int) -> Path:
@@ -118,9 +116,7 @@ def test_weights_that_compute_something_else_fail_the_rungs_between(run_dir, exp
     assert verify.jax_torch(parameters, other, ids)["jax_torch_max_abs"] > 1e-2
     tflite = readback.sections(exported.bundle).tflite
     assert verify.torch_tflite(other, tflite, ids, 1, 2)["torch_tflite_median_abs"] > 1e-2
-    assert (
-        verify.torch_tflite(exported.weights, tflite, ids[:4], 1)["torch_tflite_median_abs"] < 1e-3
-    )
+    assert verify.torch_tflite(exported.weights, tflite, ids[:4], 1)["torch_tflite_median_abs"] < 1e-3
 
 
 @pytest.mark.parametrize("damage", ["missing", "foreign", "truncated"])

@@ -20,9 +20,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def text_source(tmp_path: Path) -> SourceConfig:
     path = tmp_path / "texts.jsonl"
-    path.write_text(
-        "".join(json.dumps({"text": sentence(i, 3 + i % 30)}) + "\n" for i in range(60))
-    )
+    path.write_text("".join(json.dumps({"text": sentence(i, 3 + i % 30)}) + "\n" for i in range(60)))
     return SourceConfig(str(path))
 
 
@@ -47,6 +45,4 @@ def config(text_source: SourceConfig, chat_source: SourceConfig) -> DataConfig:
         SourceConfig(text_source.path, weight=3.0),
         SourceConfig(chat_source.path, weight=1.0, kind="chat"),
     )
-    return DataConfig(
-        sources, heldout=(text_source,), seq_len=64, global_batch_size=4, seed=3, cache_dir=""
-    )
+    return DataConfig(sources, heldout=(text_source,), seq_len=64, global_batch_size=4, seed=3, cache_dir="")

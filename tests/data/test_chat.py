@@ -11,9 +11,7 @@ from moe_jax.data.tokenizer import BOS, EOT, HEADER_END, HEADER_START
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 conversations = st.lists(
-    st.fixed_dictionaries(
-        {"role": st.sampled_from(["system", "user", "assistant"]), "content": text}
-    ),
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": text}),
     min_size=1,
     max_size=5,
 )
@@ -28,18 +26,16 @@ CHAT = [
 
 def render_jinja(messages, generation_prompt=False) -> str:
     template = jinja2.Environment().from_string(CHAT_TEMPLATE)
-    return template.render(
-        messages=messages, bos_token=BOS, add_generation_prompt=generation_prompt
-    )
+    return template.render(messages=messages, bos_token=BOS, add_generation_prompt=generation_prompt)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(messages=conversations, prompt=st.booleans())
 def test_template_and_python_render_the_same_text(messages, prompt):
     assert render_jinja(messages, prompt) == render_text(messages, prompt)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(messages=conversations, prompt=st.booleans())
 def test_ids_spell_the_rendered_text(tokenizer, messages, prompt):
     ids, mask = render_ids(messages, tokenizer, prompt)
@@ -63,7 +59,7 @@ def test_generation_prompt_is_a_prefix_of_the_answered_chat(tokenizer):
     assert mask.tolist() == [False] * len(prompt) + [True] * (len(answered) - len(prompt))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(messages=conversations)
 def test_mask_is_exactly_the_assistants_text_and_its_end(tokenizer, messages):
     ids, mask = render_ids(messages, tokenizer)
@@ -81,7 +77,5 @@ def test_special_text_in_a_message_stays_text(tokenizer):
 
 
 def test_template_takes_contents_in_parts():
-    parts = [
-        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
-    ]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert render_jinja(parts) == render_text([{"role": "user", "content": "ab"}])

@@ -42,7 +42,7 @@ def all_places(lengths: list[int], first: int = 0) -> list[int]:
     return [SPAN * (d + 1) + i for d, n in enumerate(lengths) for i in range(first, n)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths_of_documents, row_lengths, seeds)
 def test_text_packing_has_every_token_once_and_every_target_once(lengths, S, seed):
     tokens, targets = [], []
@@ -59,14 +59,14 @@ def test_text_packing_has_every_token_once_and_every_target_once(lengths, S, see
     assert sorted(targets) == all_places(lengths, first=1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths_of_documents, row_lengths)
 def test_text_rows_are_full_but_the_last(lengths, S):
     rows = PackedRows(source(lengths), S, BOS, PAD)
     assert all((rows[i]["segment_ids"] > 0).all() for i in range(len(rows) - 1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths_of_documents, row_lengths, seeds, st.randoms(use_true_random=False))
 def test_chats_stay_whole_or_are_cut_and_counted(lengths, S, seed, random):
     trained = np.array([random.random() < 0.6 for _ in range(sum(lengths))])

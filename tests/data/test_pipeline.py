@@ -65,14 +65,11 @@ def test_a_stream_can_be_set_back(config, tokenizer):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_out_the_global_batch_and_may_change_in_number(
-    config, tokenizer, processes
-):
+def test_processes_share_out_the_global_batch_and_may_change_in_number(config, tokenizer, processes):
     whole = make_train_iterator(config, tokenizer)
     take(whole, 5)
     parts = [
-        make_train_iterator(config, tokenizer, process_index=p, process_count=processes)
-        for p in range(processes)
+        make_train_iterator(config, tokenizer, process_index=p, process_count=processes) for p in range(processes)
     ]
     for part in parts:
         part.set_state(whole.get_state())
@@ -92,11 +89,7 @@ def test_each_epoch_has_every_row_once_in_a_new_order(config, text_source, token
 
 
 def test_mixture_follows_the_weights_by_rows(config, tokenizer):
-    rows = [
-        row
-        for batch in take(make_train_iterator(config, tokenizer), 100)
-        for row in batch["tokens"]
-    ]
+    rows = [row for batch in take(make_train_iterator(config, tokenizer), 100) for row in batch["tokens"]]
     chats = sum(tokenizer.header_start in row for row in rows)
     assert len(rows) == 400 and abs(chats - 100) <= 2
 
@@ -126,9 +119,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(config, tokenizer):
 
 def test_chats_without_answers_in_reach_are_refused(config, chat_source, tokenizer):
     config = dataclasses.replace(config, sources=(chat_source,), seq_len=3)
-    with pytest.raises(
-        UserError, match="no conversation has an assistant's answer within 3 tokens"
-    ):
+    with pytest.raises(UserError, match="no conversation has an assistant's answer within 3 tokens"):
         make_train_iterator(config, tokenizer)
 
 
@@ -144,9 +135,7 @@ def test_cache_gives_the_same_ids_and_notices_a_changed_file(text_source, tokeni
     cache = tmp_path / "cache"
     plain = tokenize_source(text_source, tokenizer)
     cached = [tokenize_source(text_source, tokenizer, cache_dir=str(cache)) for _ in range(2)]
-    assert {t.fingerprint for t in cached} == {plain.fingerprint} and len(
-        list(cache.iterdir())
-    ) == 1
+    assert {t.fingerprint for t in cached} == {plain.fingerprint} and len(list(cache.iterdir())) == 1
     assert np.array_equal(cached[1].tokens, plain.tokens) and cached[1].num_bytes == plain.num_bytes
     with Path(text_source.path).open("a") as file:
         file.write('{"text": "one more"}\n')
@@ -193,9 +182,7 @@ def test_heldout_batches_and_documents_hold_the_same_bytes_and_targets(config, t
 def test_compression_is_measured_on_the_same_bytes(config, tokenizer):
     documents = heldout_documents(config, tokenizer, max_bytes=2000)
     bits = compression_bits_per_byte(documents)
-    assert set(bits) == {"gzip9", "xz9"} and all(
-        0 < b < 8 and math.isfinite(b) for b in bits.values()
-    )
+    assert set(bits) == {"gzip9", "xz9"} and all(0 < b < 8 and math.isfinite(b) for b in bits.values())
 
 
 def test_heldout_chats_alone_give_no_documents(config, chat_source, tokenizer):

@@ -83,9 +83,7 @@ def test_damage_inside_a_binary_file_is_refused(tmp_path):
     for kind in ("parquet", "array_record"):
         content = bytearray(Path(write(tmp_path, kind, "text", texts)).read_bytes())
         content[100:3000] = bytes(2900)
-        assert f"not a sound {kind.title().replace('_', '')}" in refusal(
-            tmp_path, f"holed.{kind}", bytes(content)
-        )
+        assert f"not a sound {kind.title().replace('_', '')}" in refusal(tmp_path, f"holed.{kind}", bytes(content))
 
 
 def test_a_parquet_file_without_a_text_column_names_those_it_has(tmp_path):

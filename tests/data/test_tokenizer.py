@@ -18,7 +18,7 @@ from tests.data.helpers import sentence
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=any_text | any_text.map(lambda t: t + EOT + t))
 def test_every_text_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)

@@ -50,9 +50,7 @@ VARIANTS = {
     "dense": DENSE,
     "softmax_unnormalised": with_moe(score_func="softmax", norm_topk_prob=False),
     "no_shared_no_bias": with_moe(shared_expert_width=0, use_expert_bias=False),
-    "gelu_top1_no_qk_norm": replace(
-        with_moe(num_experts_per_tok=1), activation="gelu_tanh", qk_norm=False
-    ),
+    "gelu_top1_no_qk_norm": replace(with_moe(num_experts_per_tok=1), activation="gelu_tanh", qk_norm=False),
 }
 
 
@@ -97,9 +95,7 @@ def test_the_bias_moves_the_selection_and_never_the_weights():
     cfg = with_moe(num_experts=2, num_experts_per_tok=2)  # every expert is chosen whatever the bias
     flat, data = parameters(cfg), batch(1)
     shifted = flat | {"layers/ffn/router/bias": flat["layers/ffn/router/bias"] + [[0.0, 3.0]] * 2}
-    np.testing.assert_allclose(
-        forward(cfg, flat, data)[0], forward(cfg, shifted, data)[0], atol=1e-5
-    )
+    np.testing.assert_allclose(forward(cfg, flat, data)[0], forward(cfg, shifted, data)[0], atol=1e-5)
     biased = parameters(MOE)
     biased["layers/ffn/router/bias"][:, 3] = 10.0
     _, stats = forward(MOE, biased, data)
@@ -121,9 +117,7 @@ def test_drop_and_pad_counts_what_it_drops():
 def test_drop_and_pad_with_room_for_all_equals_dropless():
     roomy = with_moe(dispatch="drop_and_pad", capacity_factor=6.0)
     flat, data = parameters(MOE), batch(1)
-    np.testing.assert_allclose(
-        forward(MOE, flat, data)[0], forward(roomy, flat, data)[0], atol=1e-5
-    )
+    np.testing.assert_allclose(forward(MOE, flat, data)[0], forward(roomy, flat, data)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("cfg", [MOE, DENSE], ids=["moe", "dense"])
@@ -179,10 +173,7 @@ def test_cached_generation_equals_the_uncached_forward(quant):
 def test_generation_stops_at_a_stop_token():
     generator = Generator(MOE, parameters(MOE))
     answer = generator.generate([5, 17, 3], 8)
-    assert (
-        generator.generate([5, 17, 3], 8, stop_ids=[answer[2]])
-        == answer[: answer.index(answer[2]) + 1]
-    )
+    assert generator.generate([5, 17, 3], 8, stop_ids=[answer[2]]) == answer[: answer.index(answer[2]) + 1]
 
 
 def test_sampling_is_seeded_and_top_p_keeps_the_head_of_the_distribution():
@@ -196,9 +187,7 @@ def test_remat_changes_nothing():
     data = batch(1)
     model = assemble(MOE, jax.tree.map(jnp.asarray, unflatten_paths(parameters(MOE))), {})
     compute = Compute(single_device_mesh())
-    ids, positions, segments = (
-        jnp.asarray(data[k]) for k in ("tokens", "positions", "segment_ids")
-    )
+    ids, positions, segments = (jnp.asarray(data[k]) for k in ("tokens", "positions", "segment_ids"))
     tokens = Tokens(positions, segments)
     plain, _, _ = model(ids, tokens, compute)
     again, _, _ = model(ids, tokens, compute, remat=True)

@@ -18,10 +18,9 @@ from moe_jax.ops.fake_quant import (
     quantize_rows_int8,
 )
 
-matrices = arrays(
-    np.float32, (64, 6), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
-)
-rows = arrays(np.float32, (5, 33), elements=st.floats(-1e3, 1e3, width=32, allow_subnormal=False))
+matrices = arrays(np.float32, (64, 6), elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False))
+activations = st.floats(-1e3, 1e3, width=32).map(lambda x: x if abs(x) > 1e-20 else 0.0)
+rows = arrays(np.float32, (5, 33), elements=activations)
 
 
 @given(matrices)
@@ -93,11 +92,7 @@ def _xnnpack_row(x: np.ndarray) -> tuple[np.ndarray, np.floating, int]:
     else:
         scale = np.float32(255) / (high - low)
     from_low, from_high = np.float32(-128) + low * scale, np.float32(127) + high * scale
-    zero = (
-        np.float32(-128) - low * scale
-        if from_low + from_high > 0
-        else np.float32(127) - high * scale
-    )
+    zero = np.float32(-128) - low * scale if from_low + from_high > 0 else np.float32(127) - high * scale
     zero = int(np.rint(np.clip(zero, -128, 127)))
     codes = np.clip(np.rint(x * scale) + zero, -128, 127).astype(np.int8)
     return codes, np.float32(1) / scale, zero
@@ -110,6 +105,11 @@ def test_activation_rows_are_quantised_as_xnnpack_does(x):
         expected_codes, expected_scale, expected_zero = _xnnpack_row(row)
         assert (codes[i] == expected_codes).all()
         assert scale[i, 0] == expected_scale and zero[i, 0] == expected_zero
+
+
+def test_rows_next_to_zero_are_zeros():
+    codes, scale, zero = quantize_rows_int8(np.full((1, 32), 1.2e-38, np.float32))
+    assert np.isfinite(scale).all() and ((codes - zero) * scale == 0).all()
 
 
 @given(rows)

@@ -41,13 +41,9 @@ MEGABLOX = _value_and_gradients("megablox", interpret=True)
 
 def _assert_agree(run, shape, sizes):
     lhs, rhs = _operands(shape)
-    weights = jnp.asarray(
-        np.random.default_rng(1).standard_normal((shape[0], shape[2]), np.float32)
-    )
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal((shape[0], shape[2]), np.float32))
     sizes = jnp.asarray(sizes, jnp.int32)
-    for got, want in zip(
-        run(lhs, rhs, sizes, weights), REFERENCE(lhs, rhs, sizes, weights), strict=True
-    ):
+    for got, want in zip(run(lhs, rhs, sizes, weights), REFERENCE(lhs, rhs, sizes, weights), strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-4)
 
 
@@ -66,9 +62,7 @@ def test_the_tile_loop_equals_the_reference_in_value_and_gradient(case):
     _assert_agree(TILES, *case)
 
 
-@pytest.mark.parametrize(
-    "sizes", [[0, 0, 96, 0, 0], [20, 0, 31, 5, 0], [0, 0, 0, 0, 0], [16, 16, 16, 16, 32]]
-)
+@pytest.mark.parametrize("sizes", [[0, 0, 96, 0, 0], [20, 0, 31, 5, 0], [0, 0, 0, 0, 0], [16, 16, 16, 16, 32]])
 def test_megablox_equals_the_reference_in_value_and_gradient(sizes):
     _assert_agree(MEGABLOX, SHAPES[0], sizes)
 
@@ -84,9 +78,7 @@ def test_uninitialised_rows_never_reach_the_result():
     lhs = lhs.at[50:].set(jnp.nan)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
         run = _value_and_gradients("megablox")
-        out, grad_lhs, grad_rhs = run(
-            lhs, rhs, jnp.asarray([20, 0, 25, 5, 0], jnp.int32), jnp.ones((96, 24))
-        )
+        out, grad_lhs, grad_rhs = run(lhs, rhs, jnp.asarray([20, 0, 25, 5, 0], jnp.int32), jnp.ones((96, 24)))
     assert (out[50:] == 0).all() and (grad_lhs[50:] == 0).all()
     assert np.isfinite(np.asarray(out)).all() and np.isfinite(np.asarray(grad_rhs)).all()
 

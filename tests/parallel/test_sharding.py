@@ -76,9 +76,7 @@ def test_accumulated_microbatches_equal_one_batch_on_eight_devices():
 def test_quantised_training_equals_one_device():
     # Weights only: an activation on a rounding boundary may flip with the reassociated sum before it.
     quant = QuantConfig(quantize_activations=False)
-    assert_same(
-        loss_and_grads(MOE, MESHES["expert"], quant=quant), loss_and_grads(MOE, quant=quant)
-    )
+    assert_same(loss_and_grads(MOE, MESHES["expert"], quant=quant), loss_and_grads(MOE, quant=quant))
 
 
 def test_a_dense_model_equals_one_device():

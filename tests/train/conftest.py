@@ -69,9 +69,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
             head_dim=16,
             vocab_size=VOCAB,
             max_position_embeddings=64,
-            moe=MoEConfig(
-                num_experts=4, num_experts_per_tok=2, expert_width=32, shared_expert_width=32
-            ),
+            moe=MoEConfig(num_experts=4, num_experts_per_tok=2, expert_width=32, shared_expert_width=32),
         ),
         data=DataConfig(
             sources=source,

@@ -33,9 +33,7 @@ config, run, where, step = sys.argv[1:]
 
 
 def logged_and_saved(metrics: Metrics, at: int, *_: object) -> bool:
-    while at == int(step) and not complete_steps(
-        run
-    ):  # else it were chance where the next one starts
+    while at == int(step) and not complete_steps(run):  # else it were chance where the next one starts
         time.sleep(0.01)
     return at == int(step)
 

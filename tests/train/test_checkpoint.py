@@ -133,9 +133,7 @@ def test_a_checkpoint_with_an_unknown_option_is_refused(tiny, state, tmp_path):
         load_parameters(tmp_path)
 
 
-def test_a_save_that_fails_in_the_background_is_an_error_and_the_last_good_one_stays(
-    tiny, state, tmp_path
-):
+def test_a_save_that_fails_in_the_background_is_an_error_and_the_last_good_one_stays(tiny, state, tmp_path):
     stored = {"config": to_dict(tiny.cfg), "data": {}}
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, state, stored)

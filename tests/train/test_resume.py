@@ -111,9 +111,7 @@ def launch(tiny, run: Path, *options: str) -> subprocess.Popen:
     )
 
 
-def test_launcher_restarts_a_killed_trainer_on_two_devices_from_its_checkpoint(
-    tiny, finished, tmp_path
-):
+def test_launcher_restarts_a_killed_trainer_on_two_devices_from_its_checkpoint(tiny, finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints/12")  # as a kill after the save of step 8 would have left it
     launcher = launch(tiny, run, "--max-restarts", "1", "--devices", "2")

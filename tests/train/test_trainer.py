@@ -25,9 +25,7 @@ from tests.train.conftest import VOCAB, write_corpus
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in folder.rglob("*")
-        if p.is_file() and p.name != ".lock"
+        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"
     }
 
 
@@ -168,9 +166,7 @@ def test_an_unfinished_stage_is_no_start(tiny, finished, tmp_path):
         tiny.fit(tmp_path / "next", f"init_from={run}")
 
 
-def test_stages_follow_each_other_and_complete_ones_are_skipped(
-    tiny, finished, tmp_path, monkeypatch
-):
+def test_stages_follow_each_other_and_complete_ones_are_skipped(tiny, finished, tmp_path, monkeypatch):
     fitted = []
 
     def fit(cfg, folder):

@@ -1,0 +1,157 @@
+"""The demo kills in the middle, compares bit for bit, types public commands and touches nothing foreign."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conversion.__main__ import _parser as conversion_parser
+from launch import demo
+from launch.__main__ import main
+from launch.demo import Demo, PartFailed, differences, kill_points, run_and_kill, run_demo
+from moe_jax.__main__ import _parser as training_parser
+from moe_jax.errors import UserError
+
+# A trainer's traces without a trainer: a line a step, a committed checkpoint every 10, ended by itself at LAST.
+CHILD = """
+import json, pathlib, sys, time
+run, last = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+for step in range(1, last + 1):
+    run.mkdir(exist_ok=True)
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"step": step, "loss": 1.0}) + "\\n")
+    if step % 10 == 0:
+        folder = run / "checkpoints" / str(step)
+        folder.mkdir(parents=True)
+        (folder / "commit_success.txt").touch()
+    time.sleep(0.01)
+"""
+
+
+@given(st.integers(1, 500), st.integers(1, 100))
+def test_kills_come_after_a_checkpoint_on_none_and_before_the_end(steps, every):
+    try:
+        points = kill_points(steps, every)
+    except UserError as error:
+        assert every < 2 or steps <= 2 * every + max(1, every // 4), error
+        return
+    assert len(points) == 2 and points[0] < points[1]
+    for saved, step in points:
+        assert saved % every == 0 and saved < step < saved + every and step < steps
+
+
+def test_the_demos_fine_tuning_has_room_for_two_kills(tmp_path):
+    cfg = Demo(tmp_path / "run", [], False).configs["sft"]
+    assert len(kill_points(cfg.steps, cfg.checkpoint.every_steps)) == 2
+
+
+def test_kill_waits_for_step_and_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", CHILD, str(run), "5000"]
+    killed = run_and_kill(command, run, 20, 24, dict(os.environ))
+    assert killed >= 24
+    assert (run / "checkpoints/20/commit_success.txt").is_file()
+    assert killed == len((run / "metrics.jsonl").read_text().splitlines())
+
+
+def test_training_that_ends_before_the_kill_stops_the_demo(tmp_path):
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "run"), "3"]
+    with pytest.raises(PartFailed, match="ended before it could be killed"):
+        run_and_kill(command, tmp_path / "run", 20, 24, dict(os.environ))
+
+
+def test_comparison_sees_one_bit_of_a_loss(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert differences(run, finished) == []
+    log = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    changed = next(line for line in lines if line["step"] == 7)
+    changed["loss"] *= 1 + 2**-50
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert differences(run, finished) == ["step 7"]
+
+
+def test_comparison_names_other_parameters_and_missing_steps(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/12")  # its last checkpoint is now that of step 8
+    log = run / "metrics.jsonl"
+    log.write_text("".join(x for x in log.read_text().splitlines(True) if '"step": 11' not in x))
+    assert {"step 11", "embed/embedding", "layers/ffn/router/bias"} <= set(differences(run, finished))
+
+
+def typed(monkeypatch, folder: Path, *overrides: str) -> list[list[str]]:
+    """The commands of a demo in which every command does nothing."""
+    words: list[list[str]] = []
+
+    def call(self, *command):
+        words.append(list(command))
+
+    monkeypatch.setattr(Demo, "_call", call)
+    monkeypatch.setattr(Demo, "_killed_sft", lambda self: call(self, *self._train("sft", "sft")))
+    monkeypatch.setattr(Demo, "_compare", lambda self: None)
+    chat = ["conversion", "chat", "model.litertlm", "--prompt", demo.PROMPT]
+    monkeypatch.setattr(Demo, "_chat", lambda self, bundle: call(self, *chat))
+    monkeypatch.setattr(demo.report, "collect", lambda *_: sys.exit(0))
+    with pytest.raises(SystemExit):
+        run_demo(folder, overrides)
+    return words
+
+
+def test_every_part_is_a_command_that_its_program_knows(monkeypatch, tmp_path):
+    commands = typed(monkeypatch, tmp_path / "demo", "steps=40")
+    assert len(commands) == len(demo._PARTS) - 1  # all but the comparison
+    for program, *words in commands:
+        parser = {"moe_jax": training_parser, "conversion": conversion_parser}[program]()
+        _, rest = parser.parse_known_args(words)
+        assert all("=" in word for word in rest), words
+    folders = [words[words.index("--run") + 1] for words in commands if "train" in words]
+    stages = ["pretrain", "midtrain", "sft_alone", "sft", "qat"]
+    assert folders == [str(tmp_path / "demo" / stage) for stage in stages]
+    for words in commands[2:6]:
+        start = next(word for word in words if word.startswith("init_from="))
+        assert not start.endswith("sft_alone")
+
+
+def test_finished_parts_are_skipped_until_fresh(monkeypatch, tmp_path):
+    first = typed(monkeypatch, tmp_path / "demo")
+    assert typed(monkeypatch, tmp_path / "demo") == []
+    (tmp_path / "demo/left").touch()
+    Demo(tmp_path / "demo", [], fresh=True)
+    assert not (tmp_path / "demo/left").exists()
+    assert typed(monkeypatch, tmp_path / "demo") == first
+
+
+def test_a_failing_command_stops_the_demo_with_its_status(monkeypatch, tmp_path, capfd):
+    def fail(command, **_):
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(demo.subprocess, "run", fail)
+    assert run_demo(tmp_path / "demo") == 7
+    error = capfd.readouterr().err
+    assert "python -m moe_jax tokenizer demo_pretrain" in error and "exited with status 7" in error
+    assert json.loads((tmp_path / "demo/demo.json").read_text())["parts"] == {}
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "demo.json"])
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_a_folder_that_is_no_demo_is_refused_and_left_alone(tmp_path, capsys, name, fresh):
+    (tmp_path / name).write_text("{}")
+    assert main(["demo", "--run", str(tmp_path), *fresh]) == 2
+    assert "is no demo run; name another" in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, "{}")]
+
+
+def test_a_demo_with_other_options_is_refused(tmp_path, capsys):
+    Demo(tmp_path / "demo", ["steps=50"], fresh=False)
+    assert main(["demo", "--run", str(tmp_path / "demo"), "steps=60"]) == 2
+    assert "other options; add --fresh" in capsys.readouterr().err
+    assert main(["demo", "--run", str(tmp_path / "demo"), "stepz=60"]) == 2
+    assert "steps" in capsys.readouterr().err
