@@ -18,14 +18,22 @@ from moe_jax.config import (
 )
 
 MODEL = ModelConfig(
-    num_layers=4,
+    num_layers=3,
     d_model=256,
     num_heads=4,
     num_kv_heads=2,
     vocab_size=4096,
     max_position_embeddings=1024,
     ffn_width=512,
-    moe=MoEConfig(num_experts=60, num_experts_per_tok=4, expert_width=64, shared_expert_width=256),
+    moe=MoEConfig(
+        num_experts=60,
+        num_experts_per_tok=4,
+        expert_width=64,
+        shared_expert_width=256,
+        # A few hundred steps, not a million: balance has to come 20 times as fast, and from a loss as well.
+        bias_update_rate=0.02,
+        aux_loss=0.02,
+    ),
 )
 TEXT = SourceConfig("stdlib:text")
 CHAT = SourceConfig("stdlib:chat", kind="chat")
@@ -37,6 +45,7 @@ def _stage(
     seq_len: int,
     sources: tuple[SourceConfig, ...],
     optimizer: OptimizerConfig,
+    every_steps: int,
     quant: QuantConfig | None = None,
 ) -> RunConfig:
     return RunConfig(
@@ -47,15 +56,15 @@ def _stage(
             sources=sources,
             tokenizer="runs/demo/tokenizer.json",
             seq_len=seq_len,
-            global_batch_size=4096 // seq_len,
+            global_batch_size=2048 // seq_len,
         ),
         optimizer=optimizer,
         mesh=MeshConfig(data=1, fsdp=1, expert=1),
-        checkpoint=CheckpointConfig(every_steps=25, keep=2),
+        checkpoint=CheckpointConfig(every_steps=every_steps, keep=2),
         steps=steps,
         compute_dtype="float32",  # a CPU has no faster bfloat16
         remat=False,
-        loss_chunk=1024,
+        loss_chunk=512,
     )
 
 
@@ -65,8 +74,8 @@ def demo_pretrain() -> RunConfig:
     Run: make demo, or python -m moe_jax train demo_pretrain --run runs/mine/pretrain
     Expect: loss from 8.3 to about 4 nats per token.
     """
-    optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=20, final_fraction=0.2)
-    return _stage("pretrain", 300, 256, (TEXT,), optimizer)
+    optimizer = OptimizerConfig(learning_rate=1.2e-3, warmup_steps=10, final_fraction=0.2)
+    return _stage("pretrain", 220, 256, (TEXT,), optimizer, 50)
 
 
 def demo_midtrain() -> RunConfig:
@@ -77,7 +86,7 @@ def demo_midtrain() -> RunConfig:
     """
     sources = (SourceConfig("stdlib:text", weight=0.9), SourceConfig("stdlib:chat", 0.1, "chat"))
     optimizer = OptimizerConfig(learning_rate=6e-4, schedule="linear", final_fraction=0.1)
-    return _stage("midtrain", 60, 512, sources, optimizer)
+    return _stage("midtrain", 30, 512, sources, optimizer, 15)
 
 
 def demo_sft() -> RunConfig:
@@ -86,8 +95,8 @@ def demo_sft() -> RunConfig:
     Run: python -m moe_jax train demo_sft --run runs/mine/sft init_from=runs/mine/midtrain
     Expect: the loss on answers falls by about half a nat.
     """
-    optimizer = OptimizerConfig(learning_rate=6e-4, schedule="cosine", warmup_steps=5)
-    return _stage("sft", 60, 512, (CHAT,), optimizer)
+    optimizer = OptimizerConfig(learning_rate=6e-4, schedule="cosine", warmup_steps=3)
+    return _stage("sft", 30, 512, (CHAT,), optimizer, 10)
 
 
 def demo_qat() -> RunConfig:
@@ -97,5 +106,5 @@ def demo_qat() -> RunConfig:
     Expect: starts slightly above the float loss and recovers it.
     """
     sources = (SourceConfig("stdlib:text", weight=0.5), SourceConfig("stdlib:chat", 0.5, "chat"))
-    optimizer = OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=5)
-    return _stage("qat", 60, 512, sources, optimizer, QuantConfig())
+    optimizer = OptimizerConfig(learning_rate=4e-4, schedule="cosine", warmup_steps=3)
+    return _stage("qat", 30, 512, sources, optimizer, 15, QuantConfig())

@@ -77,7 +77,8 @@ def collect(demo: Path, record: dict[str, Any], prompt: str) -> Report:
     """
     parts = record["parts"]
     found = {
-        name: json.loads((demo / f"{name}.json").read_text()) for name in ("evaluate", "export", "verify", "bench")
+        name: json.loads((demo / f"{name}.json").read_text())
+        for name in ("evaluate", "export", "verify", "bench", "layer")
     }
     stages = {}
     for stage, lines in read_curves(demo).items():
@@ -108,6 +109,7 @@ def collect(demo: Path, record: dict[str, Any], prompt: str) -> Report:
         "export": found["verify"]["export"] | {"bytes": found["export"]["bytes"]},
         "parity": found["verify"]["parity"],
         "speed": found["bench"]["speed"],
+        "layer": found["layer"],
         "reply": parts["chat"]["reply"],
         "prompt": prompt,
         "losses_averaged_over_steps": _AVERAGED,
@@ -139,6 +141,9 @@ def table(result: Report) -> str:
     for kind, sparse, dense in _SPEEDS:
         text = f"{speed[sparse]:,.0f} tokens/s ({speed[dense]:,.0f} with all experts)"
         rows.append((f"engine, {kind}", text))
+    decode, prefill = (result["layer"][kind]["sparse"]["median_ratio"] for kind, _ in _LAYER)
+    text = f"decode {decode:.1f}x, prefill of 128 {prefill:.1f}x the time of a dense layer of the active size"
+    rows.append(("one layer of size S", text))
     rows.append(("reply", " ".join(result["reply"].split())[:70]))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -148,6 +153,10 @@ _SPEEDS = (
     ("decode", "decode_tok_s", "dense_decode_tok_s"),
     ("prefill", "prefill_tok_s", "dense_prefill_tok_s"),
 )
+
+
+_LAYER = (("tokens_1", "one token"), ("tokens_128", "128 tokens"))
+_FORMS = (("dense", "dense, active size"), ("sparse", "chosen experts"), ("all", "all experts"))
 
 
 def _machine() -> dict[str, Any]:
@@ -274,6 +283,15 @@ def _speed(result: Report) -> str:
         rows = (("chosen experts", speed[sparse], True), ("all experts", speed[dense], False))
         ratio = f"{speed[f'{kind}_speedup']:.1f}x"
         drawn += f"<h3>{kind}, tokens/s <small>{ratio}</small></h3>{pictures.bars(rows, '{:,.0f}')}"
+    drawn += (
+        "<p>The demo's experts are so narrow that computing all of them costs little. One layer of MobileMoE-S "
+        "(60 experts of 384, 4 chosen, width 768), against a dense layer of the active size, shows the rest:</p>"
+    )
+    for kind, name in _LAYER:
+        times = result["layer"][kind]
+        rows = [(text, times[form]["median_us"], form == "sparse") for form, text in _FORMS]
+        ratio = f"{times['sparse']['median_ratio']:.1f}x dense"
+        drawn += f"<h3>{name}, µs <small>{ratio}</small></h3>{pictures.bars(rows, '{:,.0f}')}"
     return drawn
 
 

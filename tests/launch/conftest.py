@@ -25,7 +25,8 @@ def curves() -> dict[str, list[dict[str, Any]]]:
 def result() -> dict[str, Any]:
     stages = ("pretrain", "midtrain", "sft", "qat")
     stage = {"loss_first": 5.0, "loss_last": 1.0, "steps": 10, "tokens": 1000, "seconds": 7.0}
-    parts = ("tokenizer", *stages, "compare", "evaluate", "export", "verify", "bench", "chat")
+    parts = ("tokenizer", *stages, "compare", "evaluate", "export", "verify", "bench", "layer", "chat")
+    form = {"median_us": 50.0, "median_ratio": 2.5}
     return {
         "stages": {name: dict(stage) for name in stages},
         "heldout_bits_per_byte": {"model_qat": 1.91, "gzip9": 2.05, "xz9": 1.82, "bytes": 5000},
@@ -51,6 +52,7 @@ def result() -> dict[str, Any]:
             "decode_speedup": 4.0,
             "prefill_speedup": 4.0,
         },
+        "layer": {f"tokens_{n}": dict.fromkeys(("dense", "sparse", "all"), form) for n in (1, 128)},
         "reply": "Joins <b>paths</b> & more.",
         "prompt": "What?",
         "losses_averaged_over_steps": 5,

@@ -121,6 +121,7 @@ def test_report_has_the_promised_keys(result, curves, tmp_path):
         "export": {"bytes": 99},
         "verify": {"export": result["export"], "parity": result["parity"], "failed": []},
         "bench": {"speed": result["speed"]},
+        "layer": result["layer"],
     }  # fmt: skip
     for name, value in written.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
