@@ -58,6 +58,27 @@ def test_numpy_and_compiled_jax_give_the_same_bits(w):
     assert (np.asarray(jax.jit(lambda a: fake_quant(a, -2))(w)) == expected).all()
 
 
+@given(st.integers(0, 2**31), st.integers(-14, 5))
+@settings(max_examples=50)
+def test_codes_next_to_a_boundary_are_exact_in_numpy_and_in_a_compiled_scan(seed, exponent):
+    """Weights one ulp around every (code + 1/2) * scale, where a quotient by reciprocal goes wrong."""
+    rng = np.random.default_rng(seed)
+    scales = np.ldexp(rng.integers(128, 256, (1, 8)), exponent - 7).astype(np.float32)
+    boundary = (np.arange(-9, 9, dtype=np.float32)[:, None] + np.float32(0.5)) * scales
+    w = np.concatenate([boundary, np.nextafter(boundary, np.float32(np.inf))])[:32]
+    w[rng.integers(0, 2, w.shape) == 1] *= -1
+    exact = w.astype(np.float64) / scales
+    expected = np.clip(np.round(exact), -8, 7)
+    assert (int4_codes(w, scales, -2) == expected).all()
+    assert (np.asarray(_codes_in_a_scan(w, scales)) == expected).all()
+
+
+@jax.jit
+def _codes_in_a_scan(w, scales):
+    body = lambda _, w: (None, int4_codes(w, scales, -2))  # noqa: E731
+    return jax.lax.scan(body, None, w[None])[1][0]
+
+
 def test_groups_run_along_the_named_axis_only():
     w = np.ones((2, 64, 3), np.float32)
     w[1, 32:, 2] = 100
