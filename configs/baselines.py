@@ -15,12 +15,6 @@ def dense_twin() -> RunConfig:
     Expect: slower than mobilemoe_s on a phone by 2.2x to 2.6x in decode (paper, Galaxy S25 CPU).
     """
     model = ModelConfig(
-        num_layers=30,
-        d_model=1280,
-        num_heads=20,
-        num_kv_heads=4,
-        vocab_size=202_048,
-        ffn_width=6144,
-        moe=None,
+        num_layers=30, d_model=1280, num_heads=20, num_kv_heads=4, vocab_size=202_048, ffn_width=6144, moe=None
     )
     return replace(mobilemoe_s(), model=model)

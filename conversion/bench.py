@@ -57,10 +57,5 @@ def bench(
         speed[f"{phase}_speedup"] = median(sparse / full for sparse, full in pairs)
     return {
         "speed": speed
-        | {
-            "texts": len(pieces),
-            "prefill_tokens": prefill,
-            "decode_tokens": decode,
-            "threads": threads,
-        }
+        | {"texts": len(pieces), "prefill_tokens": prefill, "decode_tokens": decode, "threads": threads}
     }

@@ -43,13 +43,7 @@ TABLE = (
     Row("layers/attention_norm/scale", "D", "copy", (_LAYER + "input_layernorm.weight",)),
     Row("layers/ffn_norm/scale", "D", "copy", (_LAYER + "post_attention_layernorm.weight",)),
     *(
-        Row(
-            f"layers/attention/{part}/kernel",
-            shape,
-            "transpose",
-            (_LAYER + f"self_attn.{part}_proj",),
-            int4=True,
-        )
+        Row(f"layers/attention/{part}/kernel", shape, "transpose", (_LAYER + f"self_attn.{part}_proj",), int4=True)
         for part, shape in (("q", "D NH"), ("k", "D GH"), ("v", "D GH"), ("o", "NH D"))
     ),
     Row("layers/ffn/router/kernel", "D E", "transpose", (_FFN + "router.weight",), needs="moe"),
@@ -62,14 +56,7 @@ TABLE = (
         int4=True,
         needs="moe",
     ),
-    Row(
-        "layers/ffn/experts/down",
-        "E F D",
-        "transpose",
-        (_FFN + "experts.down_proj",),
-        int4=True,
-        needs="moe",
-    ),
+    Row("layers/ffn/experts/down", "E F D", "transpose", (_FFN + "experts.down_proj",), int4=True, needs="moe"),
     Row(
         "layers/ffn/shared/gate_up",
         "D 2 S",
@@ -79,21 +66,9 @@ TABLE = (
         needs="shared",
     ),
     Row(
-        "layers/ffn/shared/down",
-        "S D",
-        "transpose",
-        (_FFN + "shared_expert.down_proj",),
-        int4=True,
-        needs="shared",
+        "layers/ffn/shared/down", "S D", "transpose", (_FFN + "shared_expert.down_proj",), int4=True, needs="shared"
     ),
-    Row(
-        "layers/ffn/gate_up",
-        "D 2 W",
-        "split",
-        (_FFN + "gate_proj", _FFN + "up_proj"),
-        int4=True,
-        needs="dense",
-    ),
+    Row("layers/ffn/gate_up", "D 2 W", "split", (_FFN + "gate_proj", _FFN + "up_proj"), int4=True, needs="dense"),
     Row("layers/ffn/down", "W D", "transpose", (_FFN + "down_proj",), int4=True, needs="dense"),
 )
 

@@ -175,11 +175,7 @@ def torch_tflite(
 
 
 def engine_jax(
-    engine: Engine,
-    generator: Any,
-    tokenizer: Tokenizer,
-    pieces: Sequence[Sequence[int]],
-    probes: int,
+    engine: Engine, generator: Any, tokenizer: Tokenizer, pieces: Sequence[Sequence[int]], probes: int
 ) -> dict[str, float]:
     """Rung 4: likelihoods of every token and choices at `probes` places of each piece, engine against JAX QAT."""
     ours, theirs, agree, asked = [], [], 0, 0
@@ -191,10 +187,7 @@ def engine_jax(
         ours.append(rows[np.arange(len(ids)), list(ids)])
         theirs.append(engine.score(text))
         for place in np.unique(np.linspace(1, len(ids), min(probes, len(ids))).astype(int)):
-            prefix, best = (
-                tokenizer.decode(ids[:place]),
-                engine.token_text(int(logits[place].argmax())),
-            )
+            prefix, best = (tokenizer.decode(ids[:place]), engine.token_text(int(logits[place].argmax())))
             # Half a character reads as U+FFFD whatever it is: such places tell nothing.
             if "\ufffd" not in prefix + best and tokenizer.encode(prefix) == list(ids[:place]):
                 asked += 1

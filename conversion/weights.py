@@ -64,10 +64,7 @@ class Weights:
     def fused(self, names: tuple[str, ...]) -> Int4:
         """Several [out, in] weights on one input, their rows one below the other."""
         parts = [self.int4(name) for name in names]
-        return Int4(
-            np.concatenate([part.codes for part in parts]),
-            np.concatenate([part.scales for part in parts]),
-        )
+        return Int4(np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts]))
 
     def _check(self) -> None:
         wanted: dict[str, tuple[tuple[int, ...], np.dtype]] = {}

@@ -15,12 +15,7 @@ _USER_ERROR = 2  # a restart would meet the same error
 
 
 def run_local(
-    config: str,
-    overrides: Sequence[str],
-    run_dir: str | Path,
-    *,
-    devices: int = 0,
-    max_restarts: int = 3,
+    config: str, overrides: Sequence[str], run_dir: str | Path, *, devices: int = 0, max_restarts: int = 3
 ) -> int:
     """Train `config` in `run_dir` until it ends by itself or has died `max_restarts` + 1 times; the exit status.
 

@@ -132,11 +132,7 @@ def heat_map(counts: Sequence[Sequence[float]]) -> str:
 
 def heat_legend() -> str:
     """What the colours of `heat_map` mean."""
-    keys = (
-        ("cold", f"1/{_LOAD_RANGE:.0f} or less"),
-        ("card", "even"),
-        ("hot", f"{_LOAD_RANGE:.0f} times or more"),
-    )
+    keys = (("cold", f"1/{_LOAD_RANGE:.0f} or less"), ("card", "even"), ("hot", f"{_LOAD_RANGE:.0f} times or more"))
     return "".join(
         f'<span class="key"><span class="swatch" style="background:var(--{color})"></span>{text}</span>'
         for color, text in keys

@@ -149,10 +149,7 @@ def table(result: Report) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-_SPEEDS = (
-    ("decode", "decode_tok_s", "dense_decode_tok_s"),
-    ("prefill", "prefill_tok_s", "dense_prefill_tok_s"),
-)
+_SPEEDS = (("decode", "decode_tok_s", "dense_decode_tok_s"), ("prefill", "prefill_tok_s", "dense_prefill_tok_s"))
 
 
 _LAYER = (("tokens_1", "one token"), ("tokens_128", "128 tokens"))
@@ -208,11 +205,7 @@ def render(result: Report, curves: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _line(result: Report) -> str:
-    stages, seconds, kills = (
-        result["stages"],
-        result["parts_seconds"],
-        result["resume"]["killed_at"],
-    )
+    stages, seconds, kills = (result["stages"], result["parts_seconds"], result["resume"]["killed_at"])
     at = " and ".join(map(str, kills))
     notes = {
         "pretrain": "next token of Python's sources",
@@ -220,10 +213,7 @@ def _line(result: Report) -> str:
         "sft": f"answers only; killed at step {at}",
         "qat": "INT4 weights, INT8 activations",
     }
-    boxes = [
-        ("text", "Python's standard library", None),
-        ("tokenizer", "byte-level BPE", "tokenizer"),
-    ]
+    boxes = [("text", "Python's standard library", None), ("tokenizer", "byte-level BPE", "tokenizer")]
     for name, stage in stages.items():
         boxes.append((name, f"{notes[name]}; {stage['tokens']:,} tokens", name))
     boxes += [

@@ -104,14 +104,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _one_of("model.activation", self.activation, ("silu", "gelu_tanh"))
-        for name in (
-            "num_layers",
-            "d_model",
-            "num_heads",
-            "num_kv_heads",
-            "vocab_size",
-            "ffn_width",
-        ):
+        for name in ("num_layers", "d_model", "num_heads", "num_kv_heads", "vocab_size", "ffn_width"):
             _require(getattr(self, name) > 0, f"model.{name} must be positive")
         _require(
             self.num_heads % self.num_kv_heads == 0,

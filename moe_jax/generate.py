@@ -80,12 +80,7 @@ class Generator:
 
 @partial(jax.jit, static_argnums=1, donate_argnums=2)
 def _extend(
-    model: Transformer,
-    compute: Compute,
-    cache: KVCache,
-    ids_BS: jax.Array,
-    start: jax.Array,
-    count: jax.Array,
+    model: Transformer, compute: Compute, cache: KVCache, ids_BS: jax.Array, start: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, KVCache]:
     """Write `count` of the tokens at `start`...; (logits [B, V] after the last of them, cache)."""
     offsets = jnp.broadcast_to(jnp.arange(ids_BS.shape[1]), ids_BS.shape)

@@ -36,13 +36,7 @@ def test_help_teaches_without_importing_jax():
     code += "assert not {'jax', 'flax', 'torch'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    for word in (
-        "tokenizer",
-        "train",
-        "evaluate",
-        "generate",
-        "python -m moe_jax train CONFIG --run",
-    ):
+    for word in ("tokenizer", "train", "evaluate", "generate", "python -m moe_jax train CONFIG --run"):
         assert word in result.stdout
 
 
@@ -90,10 +84,7 @@ def test_unknown_configs_and_options_suggest_the_nearest(capsys, tmp_path):
     "override, words",
     [
         ("model.num_heads=5", "num_heads 5 is not a multiple"),
-        (
-            "quant=default model.moe.expert_width=40",
-            "is not a multiple of the quantisation group 32",
-        ),
+        ("quant=default model.moe.expert_width=40", "is not a multiple of the quantisation group 32"),
         ("mesh.data=7", "does not fit"),
         ("data.sources.0.path=nowhere/*.txt", "nowhere"),
         ("data.sources.0.path=EMPTY", "empty"),

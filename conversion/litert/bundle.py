@@ -24,12 +24,7 @@ pb2: Any = _pb2  # its classes are made at run time
 
 
 def write_bundle(
-    tflite: str | Path,
-    tokenizer: str | Path,
-    path: str | Path,
-    context: int,
-    *,
-    overwrite: bool = False,
+    tflite: str | Path, tokenizer: str | Path, path: str | Path, context: int, *, overwrite: bool = False
 ) -> None:
     """Pack `tflite` and the Hugging Face `tokenizer` (tokenizer.json) into the bundle `path`.
 

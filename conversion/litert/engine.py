@@ -27,11 +27,7 @@ class Engine:
     """A loaded bundle; use as a context manager. The weight cache keeps one packed copy for all signatures."""
 
     def __init__(
-        self,
-        path: str | Path,
-        threads: int = 2,
-        cache_dir: str | Path | None = None,
-        measured: bool = False,
+        self, path: str | Path, threads: int = 2, cache_dir: str | Path | None = None, measured: bool = False
     ):
         """Load the .litertlm at `path`; `cache_dir` is made when missing, and is temporary by default.
 

@@ -69,12 +69,7 @@ def sample_inputs(weights: Weights, tokens: int, length: int) -> dict[str, Tenso
 
 
 def export_tflite(
-    weights: Weights,
-    path: str | Path,
-    context: int,
-    prefill: Sequence[int] = (16, 128),
-    *,
-    dense: bool = False,
+    weights: Weights, path: str | Path, context: int, prefill: Sequence[int] = (16, 128), *, dense: bool = False
 ) -> None:
     """Write the model with signatures `decode` and `prefill_<n>` for a context of `context` tokens.
 

@@ -20,15 +20,7 @@ from pathlib import Path
 from moe_jax.errors import UserError
 
 HELDOUT_PERCENT = 5
-_EXCLUDED = {
-    "test",
-    "tests",
-    "idle_test",
-    "encodings",
-    "pydoc_data",
-    "site-packages",
-    "dist-packages",
-}
+_EXCLUDED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"}
 _LONGEST_ANSWER = 600  # characters of a docstring that become an answer
 
 Message = dict[str, str]
@@ -99,11 +91,9 @@ def _chat(name: str, signature: str, documentation: str) -> list[Message]:
         f"Write the signature of `{name}`, which is documented like this:\n\n{documentation}",
     )[dice[2] % 2]
     code = f"```python\n{signature}\n```"
-    turns = (
-        ((what, documentation),),
-        ((which, code),),
-        ((what, documentation), ("And its signature?", code)),
-    )[dice[0] % 3]
+    turns = (((what, documentation),), ((which, code),), ((what, documentation), ("And its signature?", code)))[
+        dice[0] % 3
+    ]
     return [
         {"role": role, "content": content}
         for turn in turns

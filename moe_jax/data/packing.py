@@ -99,10 +99,7 @@ class PackedRows:
         else:
             starts = source.offsets
             self.layout = layout_chat(
-                lengths,
-                order,
-                S,
-                lambda d, end: bool(trained[starts[d] + 1 : starts[d] + 1 + end].any()),
+                lengths, order, S, lambda d, end: bool(trained[starts[d] + 1 : starts[d] + 1 + end].any())
             )
         if not len(self):
             raise UserError(f"no conversation has an assistant's answer within {S} tokens; raise data.seq_len")

@@ -55,12 +55,7 @@ class TrainIterator:
 
 
 def make_train_iterator(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 1,
+    config: DataConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1, threads: int = 1
 ) -> TrainIterator:
     """The training stream of a stage; raises UserError for unusable sources and for less than one batch of rows.
 
@@ -160,8 +155,5 @@ def heldout_documents(
 def compression_bits_per_byte(documents: Sequence[HeldoutDocument]) -> dict[str, float]:
     """gzip -9 and xz -9 on the documents as one stream (which favours them): bits per byte of the same bytes."""
     data = "".join(document.text for document in documents).encode()
-    sizes = {
-        "gzip9": len(gzip.compress(data, 9, mtime=0)),
-        "xz9": len(lzma.compress(data, preset=9)),
-    }
+    sizes = {"gzip9": len(gzip.compress(data, 9, mtime=0)), "xz9": len(lzma.compress(data, preset=9))}
     return {name: 8 * size / len(data) for name, size in sizes.items()}

@@ -25,14 +25,7 @@ END = "<|end_of_text|>"
 HEADER_START = "<|header_start|>"
 HEADER_END = "<|header_end|>"
 EOT = "<|eot|>"
-SPECIAL_TOKENS = (
-    PAD,
-    BOS,
-    END,
-    HEADER_START,
-    HEADER_END,
-    EOT,
-)  # ids 0..5 of a tokenizer trained here
+SPECIAL_TOKENS = (PAD, BOS, END, HEADER_START, HEADER_END, EOT)  # ids 0..5 of a tokenizer trained here
 
 # Llama 3: contractions, words with one leading mark, digits by threes, punctuation, line ends, other spaces.
 _SPLIT = (
@@ -93,9 +86,7 @@ class Tokenizer:
         backend.train_from_iterator(texts, trainer)
         # As in Llama 3, encode(..., add_special_tokens=True) of other programs puts the beginning in front.
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{BOS} $A",
-            pair=f"{BOS} $A {BOS} $B:1",
-            special_tokens=[(BOS, backend.token_to_id(BOS))],
+            single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B:1", special_tokens=[(BOS, backend.token_to_id(BOS))]
         )
         if (found := backend.get_vocab_size()) < vocab_size:
             raise UserError(

@@ -44,9 +44,6 @@ def describe(cfg: ModelConfig) -> dict[str, Leaf]:
     for path, variable in nnx.to_flat_state(nnx.state(abstract_model(cfg))):
         metadata = variable.get_metadata()
         leaves["/".join(map(str, path))] = Leaf(
-            variable.shape,
-            metadata["axes"],
-            metadata["quant_axis"],
-            variable.type is not ExpertBias,
+            variable.shape, metadata["axes"], metadata["quant_axis"], variable.type is not ExpertBias
         )
     return leaves

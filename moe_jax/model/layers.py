@@ -54,12 +54,7 @@ class Compute:
 
 
 def parameter(
-    rngs: nnx.Rngs,
-    shape: tuple[int, ...],
-    axes: tuple[str, ...],
-    *,
-    scale: float,
-    quant_axis: int | None = None,
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, scale: float, quant_axis: int | None = None
 ) -> nnx.Param:
     """A float32 weight, truncated normal of deviation `scale`; `axes` names each dimension for sharding.
 

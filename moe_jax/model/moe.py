@@ -74,12 +74,7 @@ class Experts(nnx.Module):
     """The routed experts' weights: `gate_up` [L, E, D, 2F] (gate columns first), `down` [L, E, F, D]."""
 
     def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, moe: MoEConfig):
-        layers, experts, model, width = (
-            cfg.num_layers,
-            moe.num_experts,
-            cfg.d_model,
-            moe.expert_width,
-        )
+        layers, experts, model, width = (cfg.num_layers, moe.num_experts, cfg.d_model, moe.expert_width)
         self.gate_up = parameter(
             rngs, (layers, experts, model, 2 * width), ("layers", "expert", "embed", "expert_mlp"),
             scale=cfg.init_scale, quant_axis=-2,

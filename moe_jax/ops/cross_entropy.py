@@ -7,7 +7,6 @@ Legend: B batch, S sequence, C chunk of the sequence, D model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -38,11 +37,7 @@ def _chunk_loss(logits_BCV: jax.Array, targets_BC: jax.Array, weight_BC: jax.Arr
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy_sum(
-    hidden_BSD: jax.Array,
-    head_VD: jax.Array,
-    targets_BS: jax.Array,
-    weight_BS: jax.Array,
-    chunk: int,
+    hidden_BSD: jax.Array, head_VD: jax.Array, targets_BS: jax.Array, weight_BS: jax.Array, chunk: int
 ) -> jax.Array:
     """Sum over tokens of weight * -log p(target), in nats, float32; logits are `hidden @ head.T`.
 
@@ -78,9 +73,8 @@ def _forward(hidden_BSD, head_VD, targets_BS, weight_BS, chunk):
 
 
 def _backward(chunk, grads, upstream):
-    grad_hidden, grad_head = grads
-    scale: Callable = lambda g: (g * upstream).astype(g.dtype)  # noqa: E731
-    return scale(grad_hidden), scale(grad_head), None, None
+    grad_hidden, grad_head = ((g * upstream).astype(g.dtype) for g in grads)
+    return grad_hidden, grad_head, None, None
 
 
 cross_entropy_sum.defvjp(_forward, _backward)

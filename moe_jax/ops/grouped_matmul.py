@@ -24,12 +24,7 @@ def implementation_for(platform: str) -> str:
 
 
 def grouped_matmul(
-    lhs_MK: jax.Array,
-    rhs_EKN: jax.Array,
-    group_sizes_E: jax.Array,
-    *,
-    implementation: str,
-    interpret: bool = False,
+    lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array, *, implementation: str, interpret: bool = False
 ) -> jax.Array:
     """Multiply the first `group_sizes[0]` rows by `rhs[0]`, the next by `rhs[1]`, and so on.
 

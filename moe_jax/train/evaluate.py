@@ -37,9 +37,6 @@ def evaluate(run_dir: str | Path, overrides: list[str] | None = None) -> dict[st
         nats, tokens = nats + float(nll), tokens + int(count)
     size = sum(document.num_bytes for document in documents)
     bits = {"model": nats / math.log(2) / size} | compression_bits_per_byte(documents)
-    return {
-        "step": int(path.name),
-        "tokens": tokens,
-        "bytes": size,
-        "nats_per_token": nats / tokens,
-    } | {f"bits_per_byte_{name}": value for name, value in bits.items()}
+    return {"step": int(path.name), "tokens": tokens, "bytes": size, "nats_per_token": nats / tokens} | {
+        f"bits_per_byte_{name}": value for name, value in bits.items()
+    }

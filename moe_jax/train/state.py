@@ -22,9 +22,7 @@ from moe_jax.train.optimizer import make_optimizer
 
 
 @partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "biases", "opt_state", "rng"],
-    meta_fields=[],
+    jax.tree_util.register_dataclass, data_fields=["step", "params", "biases", "opt_state", "rng"], meta_fields=[]
 )
 @dataclass
 class TrainState:

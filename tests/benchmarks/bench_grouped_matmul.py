@@ -53,10 +53,7 @@ def main() -> None:
         forward = seconds(jax.jit(form), lhs, rhs, repeats=repeats)
         gradient = jax.jit(jax.value_and_grad(lambda x, w, f=form: (f(x, w) ** 2).sum(), (0, 1)))
         both = seconds(gradient, lhs, rhs, repeats=repeats)
-        results[name] = {
-            "forward_gflops": flops / forward / 1e9,
-            "both_gflops": 3 * flops / both / 1e9,
-        }
+        results[name] = {"forward_gflops": flops / forward / 1e9, "both_gflops": 3 * flops / both / 1e9}
         print(f"{name:18s} forward {flops / forward / 1e9:7.1f} GFLOP/s, "
               f"forward + backward {3 * flops / both / 1e9:7.1f} GFLOP/s")  # fmt: skip
     for what in ("forward", "both"):

@@ -12,14 +12,7 @@ import pytest
 from conversion import weights
 from conversion.litert import bundle, lower
 from conversion.weights import Weights
-from moe_jax.config import (
-    DataConfig,
-    ModelConfig,
-    MoEConfig,
-    QuantConfig,
-    RunConfig,
-    SourceConfig,
-)
+from moe_jax.config import DataConfig, ModelConfig, MoEConfig, QuantConfig, RunConfig, SourceConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.overrides import to_dict
 from moe_jax.paths import unflatten_paths

@@ -72,13 +72,7 @@ def test_verify_ends_with_status_1_and_the_name_of_what_differs(run_dir, exporte
 @KINDS
 def test_bench_writes_the_speeds_of_both_bundles(run_dir, exported, tmp_path):
     sizes = ["--texts", "2", "--prefill", "8", "--decode", "6", "--threads", "1"]
-    paths = [
-        str(exported.bundle),
-        "--dense",
-        str(exported.bundle),
-        "--json",
-        str(tmp_path / "s.json"),
-    ]
+    paths = [str(exported.bundle), "--dense", str(exported.bundle), "--json", str(tmp_path / "s.json")]
     assert main(["bench", *paths, "--text", str(run_dir / "heldout.txt"), *sizes]) == 0
     speed = json.loads((tmp_path / "s.json").read_text())["speed"]
     for name in ("decode_tok_s", "prefill_tok_s", "dense_decode_tok_s", "dense_prefill_tok_s"):

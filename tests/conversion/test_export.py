@@ -41,10 +41,7 @@ def test_a_run_becomes_a_bundle_and_a_safetensors_file_beside_it(run, tmp_path):
     assert parts.metadata.jinja_prompt_template == chat.CHAT_TEMPLATE
     assert parts.tokenizer.fingerprint == Tokenizer.load(run / "tokenizer.json").fingerprint
     assert {p.name for p in (tmp_path / "made").iterdir()} == {"m.litertlm", "m.safetensors"}
-    saved, want = (
-        weights.load_safetensors(tmp_path / "made" / "m.safetensors"),
-        weights.random(SMALL),
-    )
+    saved, want = (weights.load_safetensors(tmp_path / "made" / "m.safetensors"), weights.random(SMALL))
     for name in want.int4_names():
         assert (saved.packed(name) == want.packed(name)).all()
     assert len(said) == 3
@@ -69,10 +66,7 @@ def test_a_failed_overwrite_leaves_the_old_files_and_nothing_else(run, tmp_path)
             export(run, tmp_path / "m.litertlm", prefill=(4,), overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
-        "m.litertlm": "mine",
-        "m.safetensors": "mine",
-    }
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"m.litertlm": "mine", "m.safetensors": "mine"}
 
 
 def test_a_run_without_quantisation_is_refused_with_the_way_out(float_run, tmp_path):

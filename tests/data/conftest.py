@@ -41,8 +41,5 @@ def chat_source(tmp_path: Path) -> SourceConfig:
 @pytest.fixture
 def config(text_source: SourceConfig, chat_source: SourceConfig) -> DataConfig:
     """Three parts of text and one of chats, in batches of 4 rows of 64."""
-    sources = (
-        SourceConfig(text_source.path, weight=3.0),
-        SourceConfig(chat_source.path, weight=1.0, kind="chat"),
-    )
+    sources = (SourceConfig(text_source.path, weight=3.0), SourceConfig(chat_source.path, weight=1.0, kind="chat"))
     return DataConfig(sources, heldout=(text_source,), seq_len=64, global_batch_size=4, seed=3, cache_dir="")

@@ -14,12 +14,7 @@ import pytest
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data import tokenized
 from moe_jax.data.commands import inspect_batch
-from moe_jax.data.pipeline import (
-    compression_bits_per_byte,
-    heldout_batches,
-    heldout_documents,
-    make_train_iterator,
-)
+from moe_jax.data.pipeline import compression_bits_per_byte, heldout_batches, heldout_documents, make_train_iterator
 from moe_jax.data.tokenized import tokenize_source
 from moe_jax.errors import UserError
 from tests.data.helpers import sentence, write
@@ -96,12 +91,7 @@ def test_mixture_follows_the_weights_by_rows(config, tokenizer):
 
 def test_state_of_other_data_is_refused(config, tokenizer):
     state = make_train_iterator(config, tokenizer).get_state()
-    for change in (
-        {"seed": 9},
-        {"seq_len": 32},
-        {"sources": config.sources[:1]},
-        {"max_bytes": 900},
-    ):
+    for change in ({"seed": 9}, {"seq_len": 32}, {"sources": config.sources[:1]}, {"max_bytes": 900}):
         with pytest.raises(UserError, match="the data changed since the checkpoint"):
             make_train_iterator(dataclasses.replace(config, **change), tokenizer).set_state(state)
 

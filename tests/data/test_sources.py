@@ -70,10 +70,7 @@ def test_bad_input_is_named_with_its_mend(tmp_path, name, content, kind, words):
 
 
 def test_truncated_binary_files_are_refused(tmp_path):
-    for kind, words in (
-        ("parquet", "not a sound Parquet"),
-        ("array_record", "not a sound ArrayRecord"),
-    ):
+    for kind, words in (("parquet", "not a sound Parquet"), ("array_record", "not a sound ArrayRecord")):
         whole = Path(write(tmp_path, kind, "text", ["some text"] * 2000)).read_bytes()
         assert words in refusal(tmp_path, f"cut.{kind}", whole[: len(whole) // 2])
 
@@ -92,8 +89,7 @@ def test_a_parquet_file_without_a_text_column_names_those_it_has(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "words"),
-    [("none*.txt", "no file matches"), ("stdlib:txt", "use stdlib:text"), (".", "is a folder")],
+    ("path", "words"), [("none*.txt", "no file matches"), ("stdlib:txt", "use stdlib:text"), (".", "is a folder")]
 )
 def test_a_wrong_path_is_refused(path, words):
     with pytest.raises(UserError, match=words):

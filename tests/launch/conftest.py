@@ -30,13 +30,7 @@ def result() -> dict[str, Any]:
     return {
         "stages": {name: dict(stage) for name in stages},
         "heldout_bits_per_byte": {"model_qat": 1.91, "gzip9": 2.05, "xz9": 1.82, "bytes": 5000},
-        "resume": {
-            "kills": 2,
-            "bit_exact": True,
-            "killed_at": [3, 7],
-            "resumed_from": [2, 6],
-            "different": [],
-        },
+        "resume": {"kills": 2, "bit_exact": True, "killed_at": [3, 7], "resumed_from": [2, 6], "different": []},
         "export": {"codes_checked": 123456, "scales_checked": 3858, "mismatches": 0, "bytes": 99},
         "parity": {
             "jax_torch_max_abs": 2e-5,

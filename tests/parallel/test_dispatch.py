@@ -30,10 +30,7 @@ def _run(x_TD, ids_TK, mix_TK, factor_E, capacity):
     return y_TD, kept, grad
 
 
-@given(
-    st.lists(st.integers(0, EXPERTS), min_size=12, max_size=12),
-    st.sampled_from([None, 1, 2, 12]),
-)
+@given(st.lists(st.integers(0, EXPERTS), min_size=12, max_size=12), st.sampled_from([None, 1, 2, 12]))
 @settings(max_examples=60)
 def test_every_kept_pair_reaches_its_expert_and_comes_back(ids, capacity):
     ids_TK = jnp.asarray(ids, jnp.int32).reshape(6, 2)

@@ -125,8 +125,4 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
 
 
 def test_one_axis_may_take_the_remaining_devices():
-    assert dict(make_mesh(MeshConfig(2, -1, 1), jax.devices()).shape) == {
-        "data": 2,
-        "fsdp": 4,
-        "expert": 1,
-    }
+    assert dict(make_mesh(MeshConfig(2, -1, 1), jax.devices()).shape) == {"data": 2, "fsdp": 4, "expert": 1}

@@ -16,20 +16,7 @@ from moe_jax.files import write_json
 from moe_jax.overrides import apply, to_dict
 from moe_jax.train.trainer import fit
 
-WORDS = (
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "def",
-    "return",
-    "import",
-    "class",
-    "for",
-    "x",
-    "y",
-    "1",
-)
+WORDS = ("alpha", "beta", "gamma", "delta", "def", "return", "import", "class", "for", "x", "y", "1")
 VOCAB = 290
 
 

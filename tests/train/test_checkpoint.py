@@ -155,7 +155,9 @@ def test_a_save_that_fails_in_the_background_is_an_error_and_the_last_good_one_s
     assert str(tmp_path / "checkpoints/2") in message and "free disk space" in message
     assert "the last good one is step 1" in message and "\n" not in message
     assert complete_steps(tmp_path) == [1] and files(tmp_path / "checkpoints/1") == before
-    checkpoints.save(3, state, stored)  # room again
+    checkpoints = Checkpoints(tmp_path, keep=1)  # the next start: room again, leftovers go
+    checkpoints.clean()
+    checkpoints.save(3, state, stored)
     checkpoints.wait()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
 

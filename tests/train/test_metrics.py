@@ -73,10 +73,7 @@ def test_event_file_has_whole_records_with_sound_checksums(finished):
     data, records = path.read_bytes(), []
     while data:
         length = struct.unpack("<Q", data[:8])[0]
-        record, crc = (
-            data[12 : 12 + length],
-            struct.unpack("<I", data[12 + length : 16 + length])[0],
-        )
+        record, crc = (data[12 : 12 + length], struct.unpack("<I", data[12 + length : 16 + length])[0])
         unmasked = (crc - 0xA282EAD8) & 0xFFFFFFFF
         assert (unmasked >> 17 | unmasked << 15) & 0xFFFFFFFF == crc32c(record)
         records.append(record)

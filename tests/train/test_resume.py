@@ -40,11 +40,7 @@ def final_bytes(tiny, run: Path) -> list[bytes]:
 def test_run_killed_twice_equals_the_uninterrupted_run_bit_for_bit(tiny, finished, tmp_path):
     run = tmp_path / "run"
     script = Path(__file__).with_name("killed.py")
-    for where, step, status in (
-        ("log", 7, -signal.SIGKILL),
-        ("save", 8, -signal.SIGKILL),
-        ("none", 0, 0),
-    ):
+    for where, step, status in (("log", 7, -signal.SIGKILL), ("save", 8, -signal.SIGKILL), ("none", 0, 0)):
         command = [sys.executable, script, tiny.root / "config.json", run, where, str(step)]
         result = subprocess.run(command, env=tiny.env, capture_output=True, text=True, check=False)
         assert result.returncode == status, result.stderr
@@ -103,11 +99,7 @@ def test_finished_run_started_again_does_nothing(tiny, finished, tmp_path):
 def launch(tiny, run: Path, *options: str) -> subprocess.Popen:
     command = ["-m", "launch", "local", str(tiny.root / "config.json"), "--run", str(run), *options]
     return subprocess.Popen(
-        [sys.executable, *command],
-        env=tiny.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        [sys.executable, *command], env=tiny.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
