@@ -22,7 +22,7 @@ class Tokens(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer (or stacked [L, ...]) by absolute position; `length` tokens are filled."""
+    """Keys and values of one layer (or stacked [L, ...]) by absolute position, zeros where none was written."""
 
     k_BCGH: jax.Array
     v_BCGH: jax.Array
