@@ -63,7 +63,7 @@ def _stage(
         checkpoint=CheckpointConfig(every_steps=every_steps, keep=2),
         steps=steps,
         compute_dtype="float32",  # a CPU has no faster bfloat16
-        remat=False,
+        remat="nothing",
         loss_chunk=512,
     )
 

@@ -1,4 +1,4 @@
-"""`python -m launch`: start training somewhere and keep it going."""
+"""`python -m launch`: find out where a run fits, start it there and keep it going."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import argparse
 import sys
 from typing import Any
 
+from launch.fit import add_fit_command, check_fit
 from launch.local import run_local
+from launch.pods import add_pod_commands, relaunchers
+from launch.record import add_resume_command
 from moe_jax.__main__ import guarded
 
 _EXAMPLES = """\
@@ -14,6 +17,8 @@ Examples:
   python -m launch local demo_pretrain --run runs/a                      restart it when it is killed
   python -m launch local demo_pretrain --run runs/a --devices 8 mesh.fsdp=4 mesh.data=2
   python -m launch local demo_pretrain,demo_sft --run runs/all --max-restarts 10
+  python -m launch fit mobilemoe_s --topology v5e:4x4    memory, cost and speed on a slice, without one
+  python -m launch gke mobilemoe_s --topology v5e-256 --bucket gs://b --image IMAGE > job.yaml
   python -m launch demo --run runs/demo            text to engine: what `make demo` runs
 """
 
@@ -22,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status is the training's own."""
     parser = argparse.ArgumentParser(
         "python -m launch",
-        description="Start training jobs and keep them going.",
+        description="Find out where a training job fits, start it there and keep it going.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -51,10 +56,16 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--run", default="runs/demo", metavar="DIR", help="the demo's folder")
     sub.add_argument("--fresh", action="store_true", help="remove what the folder holds and start over")
     sub.set_defaults(command=_demo)
+    add_fit_command(commands)
+    add_pod_commands(commands, check_fit)
+    add_resume_command(commands, relaunchers(check_fit))
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [word for word in rest if "=" not in word or word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    arguments.overrides += rest
+    if hasattr(arguments, "overrides"):
+        arguments.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return guarded(arguments.command, arguments)
 
 

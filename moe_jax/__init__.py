@@ -1,4 +1,13 @@
 """Training of MobileMoE in JAX: configs -> data -> model -> step -> trainer -> checkpoint.
 
-Imports neither PyTorch nor LiteRT; `conversion` takes over from the checkpoint.
+Imports neither torch nor LiteRT; `launch` and `conversion` use it, never the reverse.
 """
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+# Before jax is imported: libtpu may be here only to compile for TPUs elsewhere, and without one it complains
+# on every start that it finds none.
+if find_spec("libtpu") and not any(any(Path("/dev").glob(name)) for name in ("accel*", "vfio/[0-9]*")):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from moe_jax.errors import UserError
 
+REMAT_POLICIES = ("nothing", "full", "save_attention", "save_dispatch")
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -46,6 +48,7 @@ class MoEConfig:
     aux_loss: float = 0.0  # Switch-style balance loss
     dispatch: str = "dropless"  # or drop_and_pad
     capacity_factor: float = 1.5  # rows per expert over the mean, drop_and_pad only
+    buffer_factor: float = 0.0  # rows per device of an expert group over the mean; 0 holds the worst case
 
     def __post_init__(self) -> None:
         _one_of("moe.score_func", self.score_func, ("sigmoid", "softmax"))
@@ -58,6 +61,7 @@ class MoEConfig:
         _require(self.expert_width > 0, "moe.expert_width must be positive")
         _require(self.shared_expert_width >= 0, "moe.shared_expert_width must be 0 (off) or positive")
         _require(self.capacity_factor > 0, "moe.capacity_factor must be positive")
+        _require(self.buffer_factor >= 0, "moe.buffer_factor must be 0 (hold everything) or positive")
 
     @staticmethod
     def fine_grained(
@@ -194,6 +198,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices only: norms are exempt
     clip_norm: float = 1.0
+    offload: bool = False  # keep the moments in the host's memory between steps
 
     def __post_init__(self) -> None:
         _one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
@@ -205,9 +210,12 @@ class OptimizerConfig:
 class MeshConfig:
     """Devices per mesh axis; their product is the number of devices, -1 on one axis takes what is left."""
 
-    data: int = 1
-    fsdp: int = -1
-    expert: int = 1
+    data: int = 1  # whole replicas of the parameters
+    fsdp: int = -1  # cuts the batch and, between uses, every matrix along d_model
+    expert: int = 1  # cuts the batch and the routed experts by expert
+    context: int = 1  # cuts the sequence
+    tensor: int = 1  # cuts heads, shared expert and vocabulary
+    slices: int = 1  # data parallelism between slices, over the data-centre network
 
 
 @dataclass(frozen=True)
@@ -237,13 +245,14 @@ class RunConfig:
     gradient_accumulation: int = 1  # microbatches per optimizer step
     compute_dtype: str = "bfloat16"  # or float32; parameters, router, norms and loss stay float32
     loss_chunk: int = 1024  # tokens whose logits exist at one time, per device
-    remat: bool = True  # recompute each layer in the backward pass
+    remat: str = "full"  # what the backward pass recomputes: nothing, full, save_attention or save_dispatch
     seed: int = 0
     init_from: str = ""  # run folder whose last checkpoint gives the first parameters
     log_every: int = 1
 
     def __post_init__(self) -> None:
         _one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
+        _one_of("remat", self.remat, REMAT_POLICIES)
         _require(self.steps > 0, "steps must be positive")
         _require(
             self.gradient_accumulation > 0 and self.data.global_batch_size % self.gradient_accumulation == 0,

@@ -9,18 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_jax.chips import chip_of
 from moe_jax.config import ModelConfig
 from moe_jax.model.describe import describe
-
-# Peak bfloat16 FLOP/s of one jax device, from the public Cloud TPU system architecture pages.
-PEAK_BF16 = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12 / 2,  # a chip is two devices
-}
 
 
 class Parameters(NamedTuple):
@@ -58,7 +49,8 @@ def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
 def peak_flops(device: jax.Device) -> float:
     """Peak FLOP/s of a device: the published bfloat16 figure, or on CPU what a large float32 product reaches."""
     if device.platform != "cpu":
-        return PEAK_BF16.get(device.device_kind, float("nan"))
+        chip = chip_of(device.device_kind)
+        return chip.bf16_flops / chip.devices_per_chip if chip else float("nan")
     size = 1024
     product = jax.jit(jnp.dot)
     x = jax.device_put(jnp.ones((size, size), jnp.float32), device)

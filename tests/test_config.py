@@ -46,6 +46,7 @@ model.moe.router_z_loss
 model.moe.aux_loss
 model.moe.dispatch
 model.moe.capacity_factor
+model.moe.buffer_factor
 quant.weight_group_size
 quant.quantize_activations
 data.sources.*.path
@@ -69,9 +70,13 @@ optimizer.b2
 optimizer.eps
 optimizer.weight_decay
 optimizer.clip_norm
+optimizer.offload
 mesh.data
 mesh.fsdp
 mesh.expert
+mesh.context
+mesh.tensor
+mesh.slices
 checkpoint.every_steps
 checkpoint.keep
 steps
@@ -114,6 +119,8 @@ def test_fine_grained_experts_follow_the_papers_trade():
         (lambda: DataConfig(seq_len=1), "at least 2"),
         (lambda: OptimizerConfig(schedule="step"), "cosine, linear, constant"),
         (lambda: CheckpointConfig(keep=0), "positive"),
+        (lambda: MoEConfig(buffer_factor=-1), "0 \\(hold everything\\) or positive"),
+        (lambda: RunConfig(remat="some"), "nothing, full, save_attention, save_dispatch"),
         (lambda: RunConfig(gradient_accumulation=7), "not a multiple"),
         (lambda: RunConfig(data=DataConfig(seq_len=16384)), "max_position_embeddings"),
         (lambda: RunConfig(model=ModelConfig(d_model=80), quant=QuantConfig()), "use 96"),

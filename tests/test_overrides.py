@@ -27,7 +27,7 @@ def test_every_registered_config_survives_json():
     [
         (["data.seq_len=256"], {"data.seq_len": (2048, 256)}),
         (["optimizer.learning_rate=1"], {"optimizer.learning_rate": (4e-4, 1.0)}),
-        (["remat=False"], {"remat": (True, False)}),
+        (["optimizer.offload=true"], {"optimizer.offload": (False, True)}),
         (["init_from=a=b"], {"init_from": ("", "a=b")}),
         (["data.sources.0.path=x"], {"data.sources.0.path": ("stdlib:text", "x")}),
         (["steps=5", "steps=7"], {"steps": (1000, 7)}),
@@ -65,7 +65,7 @@ def test_a_repeated_part_grows_at_its_next_index():
         ("zzz=3", ["unknown option 'zzz'", "known: "]),
         ("data.seq_len=many", ["data.seq_len is 'many'", "a whole number"]),
         ("data.seq_len=2.5", ["a whole number"]),
-        ("remat=1", ["true or false"]),
+        ("optimizer.offload=1", ["true or false"]),
         ("optimizer.b1=high", ["a number"]),
         ("data=5", ["data is 5", "group of options"]),
         ("quant=int4", ["JSON, none or default"]),

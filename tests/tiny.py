@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Callable
+from dataclasses import astuple, replace
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from moe_jax.config import DataConfig, MeshConfig, ModelConfig, MoEConfig, RopeConfig, RunConfig
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.train.state import TrainState, init_state
 
 MOE = ModelConfig(
     num_layers=2,
@@ -24,6 +31,10 @@ MOE = ModelConfig(
 )
 DENSE = replace(MOE, moe=None)
 
+# A program that runs once is not worth optimising: a third of the compile time, and the same meaning.
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+quick: Callable[..., Any] = partial(jax.jit, compiler_options=QUICK)
+
 
 def with_moe(**changes: Any) -> ModelConfig:
     """MOE with other routing options."""
@@ -38,10 +49,31 @@ def run_config(model: ModelConfig = MOE, **changes: Any) -> RunConfig:
         "mesh": MeshConfig(1, 1, 1),
         "compute_dtype": "float32",
         "loss_chunk": 8,
-        "remat": False,
+        "remat": "nothing",
         "steps": 10,
     }
     return RunConfig(model=model, **(defaults | changes))
+
+
+def mesh_of(sizes: MeshConfig) -> Mesh:
+    """A mesh over as many of the fake devices as `sizes` multiplies to."""
+    return make_mesh(sizes, jax.devices()[: math.prod(astuple(sizes))])
+
+
+def fresh_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
+    """`init_state`, quickly."""
+    return quick(partial(init_state, cfg, mesh))()
+
+
+def occurrences(jaxpr: Any, primitive: str) -> int:
+    """How often a primitive stands in a program, in the bodies of its loops and calls too."""
+
+    def is_jaxpr(value):
+        return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+    inner = jax.tree.leaves([list(eqn.params.values()) for eqn in jaxpr.eqns], is_leaf=is_jaxpr)
+    here = sum(eqn.primitive.name == primitive for eqn in jaxpr.eqns)
+    return here + sum(occurrences(getattr(j, "jaxpr", j), primitive) for j in inner if is_jaxpr(j))
 
 
 def batch(rows: int = 8, length: int = 16, seed: int = 0, vocab: int = 96) -> dict[str, np.ndarray]:

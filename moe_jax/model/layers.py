@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 
 from moe_jax.config import ModelConfig, QuantConfig
 from moe_jax.ops.fake_quant import fake_quant, fake_quant_rows
+from moe_jax.ops.gating import activate
+from moe_jax.parallel.product import product
 from moe_jax.parallel.rules import constrain
 
 
@@ -30,17 +32,13 @@ class Compute:
     dtype: jnp.dtype = jnp.float32
     quant: QuantConfig | None = None
 
-    def weight(self, param: nnx.Variable) -> jax.Array:
-        """A master weight as a product sees it: fake-quantised along its input, cast, gathered over fsdp.
-
-        Gathering here, explicitly, keeps the compiler from cutting the product along d_model instead.
-        Routed experts stay cut: the dispatcher gathers them, or does not have to.
-        """
+    def cut(self, param: nnx.Variable) -> jax.Array:
+        """A master weight as a product sees it, fake-quantised along its input and cast; still cut over fsdp."""
         w = param[...]
         if self.quant is not None:
             w = fake_quant(w, param.quant_axis, self.quant.weight_group_size)
-        axes = param.axes[-w.ndim :]  # inside the layer scan the leading "layers" is gone
-        return constrain(w.astype(self.dtype), self.mesh, axes, gathered="expert" not in axes)
+        # Inside the layer scan the leading "layers" axis is gone.
+        return constrain(w.astype(self.dtype), self.mesh, param.axes[-w.ndim :])
 
     def activation(self, x: jax.Array) -> jax.Array:
         """The input of a quantised product: rounded to INT8 per row when emulating, and cast."""
@@ -74,23 +72,16 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (rms_normalize(x, self.eps) * self.scale[...]).astype(x.dtype)
-
-
-def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
-    """x over its root mean square along the last axis, float32, no weight."""
-    exact = x.astype(jnp.float32)
-    return exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + eps)
+        exact = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + self.eps)
+        return (exact * inverse * self.scale[...]).astype(x.dtype)
 
 
 class Linear(nnx.Module):
-    """x @ kernel without bias; `kernel` is [L, in, out], stacked over layers."""
+    """The matrix of x @ kernel, without bias: `kernel` is [L, in, out], stacked over layers."""
 
     def __init__(self, rngs, layers: int, shape: tuple[int, int], axes: tuple[str, str], scale: float):
         self.kernel = parameter(rngs, (layers, *shape), ("layers", *axes), scale=scale, quant_axis=-2)
-
-    def __call__(self, x: jax.Array, compute: Compute) -> jax.Array:
-        return compute.activation(x) @ compute.weight(self.kernel)
 
 
 class GatedFFN(nnx.Module):
@@ -111,13 +102,13 @@ class GatedFFN(nnx.Module):
         )  # fmt: skip
         self.activation = cfg.activation
 
-    def __call__(self, x: jax.Array, compute: Compute) -> jax.Array:
-        gate_up = compute.weight(self.gate_up)
-        pair = jnp.einsum("...d,dcf->...cf", compute.activation(x), gate_up)
-        hidden = activate(self.activation, pair[..., 0, :]) * pair[..., 1, :]
-        return compute.activation(hidden) @ compute.weight(self.down)
-
-
-def activate(name: str, x: jax.Array) -> jax.Array:
-    """silu or gelu_tanh."""
-    return jax.nn.silu(x) if name == "silu" else jax.nn.gelu(x, approximate=True)
+    def __call__(self, x_BSD: jax.Array, compute: Compute) -> jax.Array:
+        pair_BSCF = product(
+            "bsd,dcf->bscf", compute.activation(x_BSD), compute.cut(self.gate_up), compute.mesh,
+            ("batch", "sequence", "activation"), ("embed", "pair", "mlp"), ("batch", "sequence", "pair", "mlp"),
+        )  # fmt: skip
+        hidden_BSF = activate(self.activation, pair_BSCF[..., 0, :]) * pair_BSCF[..., 1, :]
+        return product(
+            "bsf,fd->bsd", compute.activation(hidden_BSF), compute.cut(self.down), compute.mesh,
+            ("batch", "sequence", "mlp"), ("mlp", "embed"), ("batch", "sequence", "activation"),
+        )  # fmt: skip

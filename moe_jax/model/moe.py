@@ -11,12 +11,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.layers import Compute, ExpertBias, GatedFFN, activate, parameter
-from moe_jax.ops.grouped_matmul import grouped_matmul, implementation_for
+from moe_jax.model.layers import Compute, ExpertBias, GatedFFN, parameter
+from moe_jax.ops.gating import gate_rows, gate_rows_fused
+from moe_jax.ops.grouped_matmul import grouped_matmul, implementation_for, row_alignment
 from moe_jax.parallel.dispatch import through_experts
 from moe_jax.parallel.mesh import platform
+from moe_jax.parallel.product import product
 
 
 class RouterStats(NamedTuple):
@@ -39,19 +43,24 @@ class Router(nnx.Module):
         )
         self.moe = moe
 
-    def __call__(self, x_BSD: jax.Array, real_BS: jax.Array):
+    def __call__(self, x_BSD: jax.Array, real_BS: jax.Array, mesh: Mesh):
         """(ids_BSK with num_experts at padding, weights_BSK float32, stats without drops)."""
         moe = self.moe
-        logits = jnp.einsum(
-            "bsd,de->bse", x_BSD.astype(jnp.float32), self.kernel[...],
+        logits = product(
+            "bsd,de->bse", x_BSD.astype(jnp.float32), self.kernel[...], mesh,
+            ("batch", "sequence", "activation"), ("embed", "router"), ("batch", "sequence", "router"),
             precision=jax.lax.Precision.HIGHEST,
         )  # fmt: skip
         sigmoid = moe.score_func == "sigmoid"
         scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits)
         biased = scores + self.bias[...] if moe.use_expert_bias else scores
-        # top_k puts the lower index first among equals, as every deployed form does.
-        ids_BSK = jax.lax.top_k(jax.lax.stop_gradient(biased), moe.num_experts_per_tok)[1]
-        weights = jnp.take_along_axis(scores, ids_BSK, axis=-1)
+        ids_KBS = top_ids(jax.lax.stop_gradient(biased), moe.num_experts_per_tok)
+        # Saved in the smallest type, and choice by choice: TPUs would pad a last axis of K to 128 lanes.
+        small = jnp.uint8 if moe.num_experts < 256 else jnp.int32
+        ids_KBS = checkpoint_name(ids_KBS.astype(small), "routing").astype(jnp.int32)
+        ids_BSK = jnp.moveaxis(ids_KBS, 0, -1)
+        chosen_BSKE = ids_BSK[..., None] == jnp.arange(moe.num_experts)
+        weights = jnp.where(chosen_BSKE, scores[..., None, :], 0).sum(-1)
         if moe.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
         ids_BSK = jnp.where(real_BS[..., None], ids_BSK, moe.num_experts)
@@ -60,7 +69,7 @@ class Router(nnx.Module):
 
     def _stats(self, logits, scores, ids_BSK, real_BS) -> RouterStats:
         experts, per_token = self.moe.num_experts, self.moe.num_experts_per_tok
-        counts_E = jnp.zeros(experts, jnp.int32).at[ids_BSK.reshape(-1)].add(1, mode="drop")
+        counts_E = (ids_BSK.reshape(-1, 1) == jnp.arange(experts)).sum(0, dtype=jnp.int32)
         tokens = jnp.maximum(real_BS.sum(), 1).astype(jnp.float32)
         z_loss = (jax.nn.logsumexp(logits, axis=-1) ** 2 * real_BS).sum() / tokens
         shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)
@@ -68,6 +77,21 @@ class Router(nnx.Module):
         fraction_E = counts_E / (tokens * per_token)
         aux_loss = experts * (fraction_E * probability_E).sum()
         return RouterStats(counts_E, jnp.int32(0), z_loss, aux_loss)
+
+
+def top_ids(scores: jax.Array, count: int) -> jax.Array:
+    """The indices of the `count` largest of the last axis, int32 [count, ...]; the lower first among equals.
+
+    For a handful out of some dozens, one maximum after the other is much cheaper than a sort, on any device;
+    and every deployed form breaks ties this way.
+    """
+    index = jnp.arange(scores.shape[-1])
+    picked = []
+    for _ in range(count):
+        best = jnp.argmax(scores, axis=-1)
+        picked.append(best)
+        scores = jnp.where(index == best[..., None], -jnp.inf, scores)
+    return jnp.stack(picked).astype(jnp.int32)
 
 
 class Experts(nnx.Module):
@@ -87,18 +111,44 @@ class Experts(nnx.Module):
 
     def weights(self, compute: Compute) -> tuple[jax.Array, jax.Array]:
         """Gate|up and down as the products see them; quantised before any gather, expert by expert."""
-        return compute.weight(self.gate_up), compute.weight(self.down)
+        return compute.cut(self.gate_up), compute.cut(self.down)
 
     def rows(self, implementation: str, compute: Compute):
-        """The function of (rows_RD sorted by expert, group_sizes_E, gate_up, down) for the dispatcher."""
+        """The function of (rows_RD sorted by expert, mix_R, sizes_E, gate_up, down [E, D, F]) for the dispatcher.
 
-        def run(rows_RD, sizes_E, gate_up_EDF, down_EFD):
-            pair = grouped_matmul(rows_RD, gate_up_EDF, sizes_E, implementation=implementation)
-            gate, up = jnp.split(pair, 2, axis=-1)
-            hidden = compute.activation(activate(self.activation, gate) * up)
-            return grouped_matmul(hidden, down_EFD, sizes_E, implementation=implementation)
+        The weight of a row multiplies the input of the down product instead of its output: the same by
+        linearity, on half as many columns, and its gradient falls out of the activation's pass.
+        """
+
+        quantized = compute.quant is not None and compute.quant.quantize_activations
+
+        def gated(pair_RF, mix_R):
+            if quantized:  # INT8 rows are rounded before the weight, as the deployed product does
+                plain = gate_rows(pair_RF, jnp.ones_like(mix_R), self.activation)
+                return (compute.activation(plain) * mix_R[:, None]).astype(pair_RF.dtype)
+            gate = gate_rows_fused if implementation == "megablox" else gate_rows
+            return gate(pair_RF, mix_R, self.activation)
+
+        def run(rows_RD, mix_R, sizes_E, gate_up_EDF, down_EDF):
+            pair_RF = grouped_matmul(rows_RD, gate_up_EDF, sizes_E, implementation=implementation)
+            return grouped_matmul(
+                gated(pair_RF, mix_R), down_EDF, sizes_E, implementation=implementation, transpose_rhs=True
+            )  # fmt: skip
 
         return run
+
+
+@jax.custom_vjp
+def _one_after_the_other(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both unchanged; the gradient of `y` waits for that of `x`.
+
+    So the backward pass ends the shared expert before it begins the routed ones, and the largest arrays of
+    the two are not in memory together.
+    """
+    return x, y
+
+
+_one_after_the_other.defvjp(lambda x, y: ((x, y), None), lambda _, grads: jax.lax.optimization_barrier(grads))
 
 
 class MoE(nnx.Module):
@@ -113,16 +163,19 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, real_BS: jax.Array, compute: Compute) -> tuple[jax.Array, RouterStats]:
         """The feed-forward of one layer; `real_BS` is false at padding."""
-        ids_BSK, mix_BSK, stats = self.router(x_BSD, real_BS)
+        ids_BSK, mix_BSK, stats = self.router(x_BSD, real_BS, compute.mesh)
+        implementation = implementation_for(platform(compute.mesh))
         y_BSD, kept = through_experts(
-            self.experts.rows(implementation_for(platform(compute.mesh)), compute),
+            self.experts.rows(implementation, compute),
             self.experts.weights(compute),
             compute.activation(x_BSD),
             ids_BSK,
             mix_BSK,
             self.moe,
             compute.mesh,
+            row_alignment(implementation),
         )
         if self.shared is not None:
+            x_BSD, y_BSD = _one_after_the_other(x_BSD, y_BSD)
             y_BSD = y_BSD + self.shared(x_BSD, compute)
         return y_BSD, stats._replace(dropped=stats.counts_E.sum() - kept)

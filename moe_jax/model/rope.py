@@ -2,15 +2,26 @@
 
 MobileMoE sets the low and the high frequency factor of llama3 scaling to the same value, so its blending
 band is empty and the usual smooth formula divides by zero: the scaling is a selection by wavelength.
+The rotation itself is in `ops/rotary.py`.
+Legend: B batch, S sequence, H head width, P pairs (H / 2).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import RopeConfig
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every pair's angle at every place, [B, P, S] float32."""
+
+    cos: jax.Array
+    sin: jax.Array
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -20,10 +31,17 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return np.where(slow, frequencies / rope.factor, frequencies).astype(np.float32)
 
 
-def apply_rope(x_BSNH: jax.Array, positions_BS: jax.Array, rope: RopeConfig) -> jax.Array:
-    """Rotate each adjacent pair (2i, 2i+1) of the last axis by position * frequency_i, in float32."""
-    angles = positions_BS[..., None].astype(jnp.float32) * rope_frequencies(rope, x_BSNH.shape[-1])
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    even, odd = x_BSNH[..., 0::2].astype(jnp.float32), x_BSNH[..., 1::2].astype(jnp.float32)
-    rotated = jnp.stack((even * cos - odd * sin, even * sin + odd * cos), axis=-1)
-    return rotated.reshape(x_BSNH.shape).astype(x_BSNH.dtype)
+def rotation(positions_BS: jax.Array, rope: RopeConfig, head_dim: int) -> Rotation:
+    """The same for every layer: computed once, outside the layer scan."""
+    frequencies_P = rope_frequencies(rope, head_dim)[:, None]
+    angles = positions_BS[:, None, :].astype(jnp.float32) * frequencies_P
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def halves_first(w: jax.Array) -> jax.Array:
+    """Columns [..., H] of a query or key head with all first members of the pairs before all second ones.
+
+    Scores do not change when queries and keys are permuted alike, and two halves are cheaper to rotate than
+    interleaved pairs.
+    """
+    return w.reshape(*w.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(w.shape)

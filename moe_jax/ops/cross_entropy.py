@@ -1,87 +1,222 @@
-"""Cross entropy of a large vocabulary, a chunk of the sequence at a time.
+"""Cross entropy of a large vocabulary, a chunk of tokens and a block of the vocabulary at a time.
 
-The [tokens, vocabulary] logits never exist at once: the forward pass computes each chunk's logits, its
-loss, and (under differentiation) its gradients, so the backward pass recomputes nothing.
-Legend: B batch, S sequence, C chunk of the sequence, D model, V vocabulary.
+The [tokens, vocabulary] logits never exist at once, in float32 not even those of one chunk: blocks run under a
+growing maximum, as attention kernels do. Gradients come with the loss, in one pass, so that the backward pass
+recomputes nothing. Logits are laid out [vocabulary, tokens]: sums over the vocabulary then add whole rows
+instead of lanes of one.
+Legend: T tokens of a device, C chunk of them, D model, N blocks of V vocabulary rows (of a device, if the
+vocabulary is cut).
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+BLOCK = 16_384  # rows of the table whose logits exist in float32 at one time, at most
+KERNEL_ROWS = 256  # of them, in one step of the kernel
+
+
+class Softmax(NamedTuple):
+    """The softmax of one chunk of tokens, as far as loss and gradients need it."""
+
+    loss: jax.Array  # weighted sum of this device's part of the vocabulary
+    others_NVC: jax.Array  # exp(logit - the block's top), 0 at the target
+    share_NC: jax.Array  # what turns `others` into probabilities
+    target_C: jax.Array  # the target's probability, 0 if it is another device's
+    row_C: jax.Array  # the target's row of this device's table, past its end if it is another device's
 
 
 def _chunked(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, S, ...] -> [S/chunk, B, chunk, ...], the sequence padded with zeros."""
-    batch, length, *rest = x.shape
-    padded = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * len(rest))
-    return jnp.moveaxis(padded.reshape(batch, -1, chunk, *rest), 1, 0)
+    """[T, ...] -> [T/chunk, chunk, ...], padded with zeros."""
+    padded = jnp.pad(x, ((0, -x.shape[0] % chunk),) + ((0, 0),) * (x.ndim - 1))
+    return padded.reshape(-1, chunk, *x.shape[1:])
 
 
-def _unchunked(x: jax.Array, length: int) -> jax.Array:
-    batch_first = jnp.moveaxis(x, 0, 1)
-    return batch_first.reshape(batch_first.shape[0], -1, *x.shape[3:])[:, :length]
+def _blocked(head_VD: jax.Array) -> jax.Array:
+    """The table in the fewest equal blocks of at most BLOCK rows; whole if nothing small divides it."""
+    rows = head_VD.shape[0]
+    blocks = next((n for n in range(-(-rows // BLOCK), 65) if rows % n == 0), 1)
+    return head_VD.reshape(blocks, -1, head_VD.shape[1])
 
 
-def _chunk_logits(hidden_BCD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    return jnp.einsum("bcd,vd->bcv", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
+def _workspace(head_NVD: jax.Array, chunk: int, dtype: jnp.dtype) -> jax.Array:
+    return jnp.zeros((*head_NVD.shape[:2], chunk), dtype)
 
 
-def _chunk_loss(logits_BCV: jax.Array, targets_BC: jax.Array, weight_BC: jax.Array):
-    log_z = jax.nn.logsumexp(logits_BCV, axis=-1)
-    picked = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-    return ((log_z - picked) * weight_BC).sum(), log_z
+def _exponentials(n, logits_VC, top_C, row_C, others_NVC):
+    """(`others` with block n set to exp(logit - top), 0 at each token's target; its sum; the target's logit)."""
+    hit_VC = jnp.arange(logits_VC.shape[0])[:, None] == row_C
+    others_VC = jnp.where(hit_VC, 0, jnp.exp(logits_VC - top_C))
+    picked_C = jnp.where(hit_VC, logits_VC, 0).sum(0)
+    return others_NVC.at[n].set(others_VC.astype(others_NVC.dtype)), others_VC.sum(0), picked_C
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy_sum(
-    hidden_BSD: jax.Array, head_VD: jax.Array, targets_BS: jax.Array, weight_BS: jax.Array, chunk: int
+def _exponentials_kernel(n, logits, top, row, _, others, mass, picked, *, rows: int):
+    step = pl.program_id(0)
+
+    @pl.when(step == 0)
+    def _start():
+        mass[...] = jnp.zeros_like(mass)
+        picked[...] = jnp.zeros_like(picked)
+
+    for first in range(0, KERNEL_ROWS, 32):  # as much as fits the registers
+        part = pl.ds(first, 32)
+        values = logits[part, :]
+        index = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + (step * KERNEL_ROWS + first)
+        hit = index == row[...]
+        outside = index >= rows
+        exact = jnp.where(hit | outside, 0.0, jnp.exp(values - top[...]))
+        others[part, :] = exact.astype(others.dtype)
+        mass[...] += exact.sum(0, keepdims=True)
+        picked[...] += jnp.where(hit & ~outside, values, 0.0).sum(0, keepdims=True)
+
+
+def exponentials_fused(n, logits_VC, top_C, row_C, others_NVC, interpret: bool = False):
+    """`_exponentials` by kernel, in one pass and in place: XLA would make a pass for each of its results."""
+    rows, tokens = logits_VC.shape
+    per_token = pl.BlockSpec((1, tokens), lambda i, n: (0, 0))
+    sums = jax.ShapeDtypeStruct((1, tokens), jnp.float32)
+    others_NVC, mass, picked = pl.pallas_call(
+        partial(_exponentials_kernel, rows=rows),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pl.cdiv(rows, KERNEL_ROWS),),
+            in_specs=[
+                pl.BlockSpec((KERNEL_ROWS, tokens), lambda i, n: (i, 0)),
+                per_token,
+                per_token,
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=[pl.BlockSpec((None, KERNEL_ROWS, tokens), lambda i, n: (n[0], i, 0)), per_token, per_token],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(others_NVC.shape, others_NVC.dtype), sums, sums],
+        input_output_aliases={4: 0},
+        interpret=interpret,
+        name="exponentials",
+    )(jnp.reshape(n, (1,)), logits_VC, top_C[None], row_C[None], others_NVC)
+    return others_NVC, mass[0], picked[0]
+
+
+def softmax_of_chunk(
+    hidden_CD, head_NVD, targets_C, weight_C, others_NVC, vocab_axis: str | None, kernels: bool
+) -> Softmax:
+    """Blocks of the vocabulary one after the other, each under the highest logit so far.
+
+    `others_NVC` is memory to write to, whatever it holds: to clear it for each chunk would cost a pass.
+    """
+    blocks, width = head_NVD.shape[:2]
+    rows, parts, row_C = blocks * width, 1, targets_C
+    if vocab_axis is not None:
+        parts = jax.lax.axis_size(vocab_axis)
+        row_C = targets_C - jax.lax.axis_index(vocab_axis) * rows
+    exponentials = exponentials_fused if kernels else _exponentials
+
+    def block(n, carry):
+        others_NVC, tops_NC, top_C, mass_C, picked_C = carry
+        logits_VC = jnp.einsum("vd,cd->vc", head_NVD[n], hidden_CD, preferred_element_type=jnp.float32)
+        higher_C = jnp.maximum(top_C, logits_VC.max(0))
+        others_NVC, sum_C, hit_C = exponentials(n, logits_VC, higher_C, row_C - n * width, others_NVC)
+        mass_C = mass_C * jnp.exp(top_C - higher_C) + sum_C
+        return others_NVC, tops_NC.at[n].set(higher_C), higher_C, mass_C, picked_C + hit_C
+
+    zeros_C = jnp.zeros(row_C.shape, jnp.float32)
+    start = (others_NVC, jnp.zeros((blocks, row_C.size), jnp.float32), zeros_C - jnp.inf, zeros_C, zeros_C)
+    others_NVC, tops_NC, top_C, mass_C, picked_C = jax.lax.fori_loop(0, blocks, block, start)
+    if vocab_axis is not None:
+        highest_C = jax.lax.pmax(top_C, vocab_axis)
+        top_C, mass_C = highest_C, mass_C * jnp.exp(top_C - highest_C)
+    inside_C = (row_C >= 0) & (row_C < rows)
+    target_C = jnp.where(inside_C, jnp.exp(picked_C - top_C), 0)
+    mass_C = mass_C + target_C
+    if vocab_axis is not None:
+        mass_C = jax.lax.psum(mass_C, vocab_axis)
+    loss = (((top_C + jnp.log(mass_C)) / parts - picked_C) * weight_C).sum()
+    share_NC = jnp.exp(tops_NC - top_C) / mass_C
+    return Softmax(loss, others_NVC, share_NC, target_C / mass_C, jnp.where(inside_C, row_C, rows))
+
+
+def cross_entropy(
+    hidden_TD: jax.Array,
+    head_VD: jax.Array,
+    targets_T: jax.Array,
+    weight_T: jax.Array,
+    chunk: int,
+    vocab_axis: str | None = None,
+    kernels: bool = False,
 ) -> jax.Array:
     """Sum over tokens of weight * -log p(target), in nats, float32; logits are `hidden @ head.T`.
 
-    `weight_BS` is the loss mask (0 at padding). At most B * `chunk` tokens' logits exist at one time.
+    `weight_T` is the loss mask (0 at padding). At most `chunk` tokens' probabilities exist at one time, in
+    the type of `hidden`. With `vocab_axis`, a mesh axis of the surrounding shard_map, each device holds a
+    part of the vocabulary and returns its part of the sum. Not for differentiation: see
+    `cross_entropy_and_gradients`.
     """
+    head_NVD = _blocked(head_VD)
 
-    def body(total, xs):
-        hidden, targets, weight = xs
-        return total + _chunk_loss(_chunk_logits(hidden, head_VD), targets, weight)[0], None
-
-    chunks = tuple(_chunked(x, chunk) for x in (hidden_BSD, targets_BS, weight_BS))
-    return jax.lax.scan(body, jnp.float32(0), chunks)[0]
-
-
-def _forward(hidden_BSD, head_VD, targets_BS, weight_BS, chunk):
     def body(carry, xs):
-        total, grad_head = carry
-        hidden, targets, weight = xs
-        logits = _chunk_logits(hidden, head_VD)
-        loss, log_z = _chunk_loss(logits, targets, weight)
-        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-        grad_logits = (jnp.exp(logits - log_z[..., None]) - hit) * weight[..., None]
-        grad_logits = grad_logits.astype(hidden.dtype)
-        grad_hidden = jnp.einsum("bcv,vd->bcd", grad_logits, head_VD)
-        grad_head += jnp.einsum("bcv,bcd->vd", grad_logits, hidden, preferred_element_type=jnp.float32)
-        return (total + loss, grad_head), grad_hidden
+        total, others_NVC = carry
+        hidden_CD, targets_C, weight_C = xs
+        part = softmax_of_chunk(hidden_CD, head_NVD, targets_C, weight_C, others_NVC, vocab_axis, kernels)
+        return (total + part.loss, part.others_NVC), None
 
-    chunks = tuple(_chunked(x, chunk) for x in (hidden_BSD, targets_BS, weight_BS))
-    start = (jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
-    (total, grad_head), grad_hidden = jax.lax.scan(body, start, chunks)
-    grads = (_unchunked(grad_hidden, hidden_BSD.shape[1]), grad_head.astype(head_VD.dtype))
-    return total, grads
+    chunks = tuple(_chunked(x, chunk) for x in (hidden_TD, targets_T, weight_T))
+    return jax.lax.scan(body, (jnp.float32(0), _workspace(head_NVD, chunk, hidden_TD.dtype)), chunks)[0][0]
 
 
-def _backward(chunk, grads, upstream):
-    grad_hidden, grad_head = ((g * upstream).astype(g.dtype) for g in grads)
-    return grad_hidden, grad_head, None, None
+def cross_entropy_and_gradients(
+    hidden_TD, head_VD, targets_T, weight_T, chunk: int, vocab_axis: str | None = None, kernels: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(`cross_entropy`, its gradient by `hidden` in that type, its gradient by `head` in float32).
+
+    With `vocab_axis` the gradient of `hidden` is this device's part of the sum too.
+    """
+    head_NVD = _blocked(head_VD)
+    tokens = hidden_TD.shape[0]
+
+    # The gradient of a logit is weight * (p - 1 at the target): a product with `others`, and the target's
+    # own share by row, in float32. In the low precision of the products, p - 1 of a token that is well
+    # predicted would be all rounding.
+    def body(carry, xs):
+        total, grad_head_NVD, others_NVC = carry
+        hidden_CD, targets_C, weight_C = xs
+        part = softmax_of_chunk(hidden_CD, head_NVD, targets_C, weight_C, others_NVC, vocab_axis, kernels)
+        scale_NC1 = (weight_C * part.share_NC)[..., None]
+
+        def block(n, grads):
+            grad_hidden_CD, grad_head_NVD = grads
+            others_VC = part.others_NVC[n]
+            product_CD = jnp.einsum("vc,vd->cd", others_VC, head_NVD[n], preferred_element_type=jnp.float32)
+            scaled_CD = (scale_NC1[n] * hidden_CD).astype(hidden_CD.dtype)
+            grad_VD = jnp.einsum("vc,cd->vd", others_VC, scaled_CD, preferred_element_type=jnp.float32)
+            return grad_hidden_CD + scale_NC1[n] * product_CD, grad_head_NVD.at[n].add(grad_VD)
+
+        own_C = weight_C * (part.target_C - 1)
+        # Of the blocks, not of `head`: the loop would hold both.
+        rows_VD = head_NVD.reshape(head_VD.shape)
+        grad_hidden_CD = own_C[:, None] * rows_VD.at[part.row_C].get(mode="fill", fill_value=0)
+        grads = (grad_hidden_CD, grad_head_NVD)
+        grad_hidden_CD, grad_head_NVD = jax.lax.fori_loop(0, head_NVD.shape[0], block, grads)
+        carry = (total + part.loss, grad_head_NVD, part.others_NVC)
+        return carry, (grad_hidden_CD.astype(hidden_CD.dtype), own_C, part.row_C)
+
+    chunks = tuple(_chunked(x, chunk) for x in (hidden_TD, targets_T, weight_T))
+    workspace = _workspace(head_NVD, chunk, hidden_TD.dtype)
+    start = (jnp.float32(0), jnp.zeros(head_NVD.shape, jnp.float32), workspace)
+    (total, grad_head_NVD, _), per_chunk = jax.lax.scan(body, start, chunks)
+    grad_hidden_TD, own_T, row_T = (x.reshape(-1, *x.shape[2:])[:tokens] for x in per_chunk)
+    # Once, after the loop: in it, each chunk's scatter would copy the whole gradient.
+    grad_head_VD = grad_head_NVD.reshape(head_VD.shape).at[row_T].add(own_T[:, None] * hidden_TD, mode="drop")
+    return total, grad_hidden_TD, grad_head_VD
 
 
-cross_entropy_sum.defvjp(_forward, _backward)
-
-
-def cross_entropy_sum_reference(hidden_BSD, head_VD, targets_BS, weight_BS) -> jax.Array:
+def cross_entropy_reference(hidden_TD, head_VD, targets_T, weight_T) -> jax.Array:
     """The definition, with all logits at once: for tests."""
-    logits = jnp.einsum("bsd,vd->bsv", hidden_BSD, head_VD, preferred_element_type=jnp.float32)
-    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets_BS[..., None], axis=-1)[..., 0]
-    return -(picked * weight_BS).sum()
+    logits = jnp.einsum("td,vd->tv", hidden_TD, head_VD, preferred_element_type=jnp.float32)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets_T[..., None], axis=-1)[..., 0]
+    return -(picked * weight_T).sum()

@@ -2,7 +2,8 @@
 
 One function, three implementations that agree in value and gradient: megablox (Pallas kernels, TPU), a
 tile loop (CPU, where `lax.ragged_dot` expands to a dense masked product), and a dense reference for tests.
-Padding of M and the masking of rows past sum(group_sizes), which megablox leaves uninitialised, live here.
+Rows past sum(group_sizes) belong to no group. Megablox leaves them uninitialised: whoever reads rows back
+must pick those of groups (`parallel/dispatch.py` does), since masking them here costs a pass over all rows.
 Legend: M rows, K reduction, N columns, E groups.
 """
 
@@ -13,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.megablox import gmm
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 IMPLEMENTATIONS = ("megablox", "tiles", "dense")
 
@@ -24,25 +25,29 @@ def implementation_for(platform: str) -> str:
 
 
 def grouped_matmul(
-    lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array, *, implementation: str, interpret: bool = False
+    lhs_MK: jax.Array,
+    rhs_EKN: jax.Array,
+    group_sizes_E: jax.Array,
+    *,
+    implementation: str,
+    transpose_rhs: bool = False,
+    interpret: bool = False,
 ) -> jax.Array:
     """Multiply the first `group_sizes[0]` rows by `rhs[0]`, the next by `rhs[1]`, and so on.
 
-    `group_sizes_E` is int32 with a sum of at most M; rows past the sum come out as zeros and give no
-    gradient. Accumulates in float32 and answers in the type of `lhs`. `interpret` runs the Pallas kernel
-    on CPU, for tests.
+    `group_sizes_E` is int32 with a sum of at most M; rows past the sum give no gradient, and what comes out
+    in their place is undefined. With `transpose_rhs`, `rhs` is [E, N, K]. Accumulates in float32 and answers
+    in the type of `lhs`. `interpret` runs the Pallas kernel on CPU, for tests.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {implementation!r} is not one of {IMPLEMENTATIONS}")
     if implementation == "megablox":
-        return _megablox(lhs_MK, rhs_EKN, group_sizes_E, interpret)
+        return _megablox(lhs_MK, rhs_EKN, group_sizes_E, transpose_rhs, interpret)
+    if transpose_rhs:
+        rhs_EKN = rhs_EKN.swapaxes(1, 2)
     if implementation == "tiles":
         return _tiles(lhs_MK, rhs_EKN, group_sizes_E)
     return _dense(lhs_MK, rhs_EKN, group_sizes_E)
-
-
-def _valid_rows(rows: int, sizes_E: jax.Array) -> jax.Array:
-    return (jnp.arange(rows) < sizes_E.sum())[:, None]
 
 
 def _dense(lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -59,32 +64,54 @@ def _dense(lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array) -> jax.Arr
 
 # ---- megablox -----------------------------------------------------------------------------------
 
+ROW_TILE = 128
+
+
+def row_alignment(implementation: str) -> int:
+    """Groups that start at a multiple of this many rows are computed without visiting a tile twice."""
+    return ROW_TILE if implementation == "megablox" else 1
+
 
 def tile_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
-    """Megablox tiles (m, k, n) for a product of this shape: lanes of 128, at most 512 x 1024 x 1024."""
+    """Megablox tiles (m, k, n) for a product of this shape: 128 rows, at most 1024 x 1024 of a matrix.
 
-    def up_to(limit: int, size: int) -> int:
-        return min(limit, -(-size // 128) * 128)
+    A group of fine-grained experts has some thousand rows: with taller tiles the part-filled last one costs
+    more than it saves. Consecutive tiles of a group keep its matrix in VMEM if one tile covers it. A longer
+    side is cut evenly (1280 into 2 x 640), since tiles run whole.
+    """
 
-    return up_to(512, m), up_to(1024, k), up_to(1024, n)
+    def even(limit: int, size: int) -> int:
+        tiles = -(-size // limit)
+        return -(-size // (tiles * 128)) * 128
+
+    return even(ROW_TILE, min(m, ROW_TILE)), even(1024, k), even(1024, n)
 
 
-def _megablox(lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array, interpret: bool) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _gmm(lhs_MK: jax.Array, rhs: jax.Array, sizes_E: jax.Array, transpose_rhs: bool, interpret: bool) -> jax.Array:
+    return gmm(lhs_MK, rhs, sizes_E, lhs_MK.dtype, tile_sizes, transpose_rhs=transpose_rhs, interpret=interpret)
+
+
+def _gmm_forward(lhs_MK, rhs, sizes_E, transpose_rhs, interpret):
+    return _gmm(lhs_MK, rhs, sizes_E, transpose_rhs, interpret), (lhs_MK, rhs, sizes_E)
+
+
+def _gmm_backward(transpose_rhs, interpret, residuals, grad_MN):
+    lhs_MK, rhs, sizes_E = residuals
+    grad_lhs = _gmm(grad_MN, rhs, sizes_E, not transpose_rhs, interpret)
+    # The gradient comes out in the layout of `rhs`, rather than being transposed after the kernel.
+    left, right = (grad_MN, lhs_MK) if transpose_rhs else (lhs_MK, grad_MN)
+    grad_rhs = tgmm(left.swapaxes(0, 1), right, sizes_E, rhs.dtype, tile_sizes, interpret=interpret)
+    return grad_lhs, grad_rhs, None
+
+
+_gmm.defvjp(_gmm_forward, _gmm_backward)
+
+
+def _megablox(lhs_MK, rhs, sizes_E, transpose_rhs: bool, interpret: bool) -> jax.Array:
     rows = lhs_MK.shape[0]
-    tile_m = tile_sizes(rows, *rhs_EKN.shape[1:])[0]
-    padded = jnp.pad(lhs_MK, ((0, -rows % tile_m), (0, 0)))
-    # Masked on both sides: the output's tail, and through the transpose of this `where` the gradient's,
-    # is uninitialised memory, and a zero weight times NaN is NaN.
-    valid = _valid_rows(padded.shape[0], sizes_E)
-    product = gmm(
-        jnp.where(valid, padded, 0),
-        rhs_EKN,
-        sizes_E.astype(jnp.int32),
-        preferred_element_type=lhs_MK.dtype,
-        tiling=tile_sizes,
-        interpret=interpret,
-    )
-    return jnp.where(valid, product, 0)[:rows]
+    padded = jnp.pad(lhs_MK, ((0, -rows % tile_sizes(rows, 1, 1)[0]), (0, 0)))
+    return _gmm(padded, rhs, sizes_E.astype(jnp.int32), transpose_rhs, interpret)[:rows]
 
 
 # ---- tile loop ----------------------------------------------------------------------------------
@@ -123,7 +150,7 @@ def _tile_product(lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array, tra
         return jax.lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), first[i], 0)
 
     out = jax.lax.fori_loop(0, count, body, jnp.zeros((rows + tile, width), lhs_MK.dtype))
-    return jnp.where(_valid_rows(rows, sizes_E), out[:rows], 0)
+    return out[:rows]
 
 
 def _tile_weight_gradient(lhs_MK: jax.Array, grad_MN: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -139,7 +166,10 @@ def _tile_weight_gradient(lhs_MK: jax.Array, grad_MN: jax.Array, sizes_E: jax.Ar
         g = jax.lax.dynamic_slice_in_dim(grad, first[i], tile)
         inside = (first[i] + jnp.arange(tile) < ends_E[group[i]])[:, None]
         part = jax.lax.dot_general(
-            jnp.where(inside, x, 0), g, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+            jnp.where(inside, x, 0),
+            jnp.where(inside, g, 0),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
         )
         so_far = jax.lax.dynamic_index_in_dim(out, group[i], keepdims=True)
         return jax.lax.dynamic_update_slice_in_dim(out, so_far + part[None], group[i], 0)

@@ -1,10 +1,16 @@
 """Transport of tokens to experts and back: what happens per device between the router and the residual.
 
-The transport never knows what an expert computes. With the expert axis at 1 it is local and dropless; above
-1 it is a ring in the sense of all-gather and psum-scatter: every device of a group sees the group's tokens,
-works on the pairs of its own experts, and the partial sums are scattered back. Dropless either way, since
-the buffer holds the worst case; `drop_and_pad` bounds it per expert and counts what it drops.
-Legend: B batch, S sequence, T tokens of a device, D model, K experts per token, R routed rows, E experts.
+The transport never knows what an expert computes. With the expert axis at 1 it is local; above 1 it is a
+ring in the sense of all-gather and psum-scatter: every device of a group sees the group's tokens, works on
+the pairs of its own experts, and the partial sums are scattered back. Dropless unless told otherwise; what
+is dropped is counted.
+
+Rows are sorted by expert and each expert starts at a multiple of `align`, the row tile of the grouped
+product, so that no tile is computed for two experts. Rows between one expert's last and the next one's
+first are holes: they carry the weight 0, so that what is dropped can be read back from one as zeros.
+Nobody reads the uninitialised rows after the last expert.
+Legend: B batch, S sequence, T tokens of a device, D model, K experts per token, P pairs (K * T, choice by
+choice, so that a sum over K adds whole blocks), R rows (P + holes), E experts, BC pairs in blocks of C.
 """
 
 from __future__ import annotations
@@ -15,94 +21,122 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from moe_jax.config import MoEConfig
 from moe_jax.parallel.rules import BATCH_AXES, spec
 
-# rows_RD, group_sizes_E, *weights -> rows_RD
+# rows_RD, mix_R, group_sizes_E, *weights -> rows_RD, each row times its mix
 Experts = Callable[..., jax.Array]
 WEIGHT_AXES = (("expert", "embed", "expert_mlp"), ("expert", "expert_mlp", "embed"))
+PASS_PAIRS = 65_536
+TOKENS = PartitionSpec(BATCH_AXES, ("context", "tensor"), None)
 
 
 class Plan(NamedTuple):
-    """Where each (token, choice) pair's row went: `slot_TK` indexes rows; `kept_TK` is false where dropped."""
+    """Which pair each row holds, where each pair's row is, which pairs have one; and the rows per expert.
 
-    slot_TK: jax.Array
-    kept_TK: jax.Array
-
-
-@jax.custom_vjp
-def _take_rows(x_TD: jax.Array, pair_R: jax.Array, slot_TK: jax.Array, kept_TK: jax.Array):
-    """Row r is token pair_R[r] // K. Its transpose is a gather and a sum over K, not a scatter-add."""
-    return x_TD[pair_R // slot_TK.shape[1]]
-
-
-def _take_rows_forward(x_TD, pair_R, slot_TK, kept_TK):
-    return _take_rows(x_TD, pair_R, slot_TK, kept_TK), (slot_TK, kept_TK)
-
-
-def _take_rows_backward(residuals, grad_RD):
-    slot_TK, kept_TK = residuals
-    grad_TKD = jnp.where(kept_TK[..., None], grad_RD[slot_TK], 0)
-    grad_TD = grad_TKD.astype(jnp.float32).sum(1).astype(grad_RD.dtype)
-    return grad_TD, None, None, None
-
-
-_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
-
-
-@jax.custom_vjp
-def _return_rows(rows_RD: jax.Array, pair_R: jax.Array, slot_TK: jax.Array, kept_TK: jax.Array):
-    """[T, K, D]: each pair's row, zero where dropped. Its transpose is a gather as well."""
-    return jnp.where(kept_TK[..., None], rows_RD[slot_TK], 0)
-
-
-def _return_rows_forward(rows_RD, pair_R, slot_TK, kept_TK):
-    return _return_rows(rows_RD, pair_R, slot_TK, kept_TK), (pair_R, slot_TK, kept_TK)
-
-
-def _return_rows_backward(residuals, grad_TKD):
-    pair_R, slot_TK, kept_TK = residuals
-    pairs = grad_TKD.reshape(-1, grad_TKD.shape[-1])
-    held_R = (slot_TK.reshape(-1)[pair_R] == jnp.arange(pair_R.shape[0])) & kept_TK.reshape(-1)[pair_R]
-    return jnp.where(held_R[:, None], pairs[pair_R], 0), None, None, None
-
-
-_return_rows.defvjp(_return_rows_forward, _return_rows_backward)
-
-
-def plan_rows(ids_TK: jax.Array, num_experts: int, capacity: int | None):
-    """Sort the pairs by expert: (pair_R, group_sizes_E, Plan); ids equal to `num_experts` go nowhere.
-
-    Without `capacity` the rows are the pairs in order of expert (ties by token). With it each expert has
-    exactly `capacity` rows, and a pair of higher rank than that is dropped.
+    `pair_R` is P at holes, `row_KT` a hole where the pair was dropped. `sizes_E` counts holes, so that each
+    expert starts at a multiple of the tile.
     """
-    ids = ids_TK.reshape(-1)
-    order = jnp.argsort(ids, stable=True)
-    sizes_E = jnp.zeros(num_experts, jnp.int32).at[ids].add(1, mode="drop")
-    position = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
-    real = ids < num_experts
-    if capacity is None:
-        plan = Plan(position.reshape(ids_TK.shape), real.reshape(ids_TK.shape))
-        return order, sizes_E, plan
-    starts_E = jnp.cumsum(sizes_E) - sizes_E
-    rank = position - starts_E[jnp.minimum(ids, num_experts - 1)]
-    kept = real & (rank < capacity)
-    slot = jnp.where(kept, ids * capacity + rank, 0)
-    source = starts_E[:, None] + jnp.minimum(jnp.arange(capacity), jnp.maximum(sizes_E - 1, 0)[:, None])
-    pair_R = order[jnp.minimum(source.reshape(-1), order.size - 1)]
-    plan = Plan(slot.reshape(ids_TK.shape), kept.reshape(ids_TK.shape))
-    return pair_R, jnp.full(num_experts, capacity, jnp.int32), plan
+
+    pair_R: jax.Array
+    row_KT: jax.Array
+    kept_KT: jax.Array
+    sizes_E: jax.Array
 
 
-def run_local(experts: Experts, weights, x_TD, ids_TK, mix_TK, num_experts: int, capacity: int | None):
-    """Dispatch, experts, combine on one device: (y_TD float32, kept pairs int32)."""
-    pair_R, sizes_E, plan = plan_rows(ids_TK, num_experts, capacity)
-    rows_RD = experts(_take_rows(x_TD, pair_R, *plan), sizes_E, *weights)
-    back_TKD = _return_rows(rows_RD, pair_R, *plan)
-    y_TD = jnp.einsum("tkd,tk->td", back_TKD, mix_TK, preferred_element_type=jnp.float32)
-    return y_TD, plan.kept_TK.sum(dtype=jnp.int32)
+def plan_rows(
+    ids_KT: jax.Array, num_experts: int, *, align: int = 1, capacity: int | None = None, rows: int | None = None
+) -> Plan:
+    """Sort the pairs by expert; ids equal to `num_experts` go nowhere.
+
+    With `capacity` each expert keeps its first so many pairs, first choices before second ones. `rows`
+    bounds the pairs of all experts together (before alignment); what does not fit is dropped too.
+    """
+    ids_P = ids_KT.reshape(-1)
+    pairs = ids_P.size
+    member_EBC, rank_EBC = _ranks(ids_P, num_experts)
+    kept_E = member_EBC.sum((1, 2), dtype=jnp.int32)
+    if capacity is not None:
+        kept_E = jnp.minimum(kept_E, capacity)
+    rows = pairs if rows is None else min(rows, pairs)
+    before_E = jnp.cumsum(kept_E) - kept_E
+    kept_E = jnp.clip(rows - before_E, 0, kept_E)
+    # The last expert has a hole to spare: where pairs that went nowhere are read, as zeros.
+    sizes_E = -(-kept_E.at[-1].add(1) // align) * align
+    start_E = jnp.cumsum(sizes_E) - sizes_E
+
+    kept_EBC = member_EBC & (rank_EBC < kept_E[:, None, None])
+    kept_P = kept_EBC.any(0).reshape(-1)[:pairs]
+    row_P = jnp.where(kept_EBC, rank_EBC + start_E[:, None, None], 0).sum(0).reshape(-1)[:pairs]
+    row_P = jnp.where(kept_P, row_P, sizes_E.sum() - 1)
+    buffer = -(-rows // align) * align + num_experts * align
+    pair_P = jnp.arange(pairs, dtype=jnp.int32)
+    target_P = jnp.where(kept_P, row_P, buffer + pair_P)
+    pair_R = jnp.full(buffer, pairs, jnp.int32).at[target_P].set(pair_P, mode="drop", unique_indices=True)
+    return Plan(pair_R, row_P.reshape(ids_KT.shape), kept_P.reshape(ids_KT.shape), sizes_E)
+
+
+def _ranks(ids_P: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """(member, rank) of each expert and pair, [E, P / 128, 128]: a counting sort in dense operations.
+
+    The running count within 128 pairs is a product with a triangle of ones, exact in any precision; TPUs
+    sort and scatter scalars slowly, and compile sorts slowly.
+    """
+    lanes = 128
+    ids_BC = jnp.pad(ids_P, (0, -ids_P.size % lanes), constant_values=num_experts).reshape(-1, lanes)
+    member_EBC = ids_BC == jnp.arange(num_experts)[:, None, None]
+    triangle = jnp.triu(jnp.ones((lanes, lanes), jnp.float32))
+    seen_EBC = (member_EBC.astype(jnp.float32) @ triangle).astype(jnp.int32)
+    blocks_EB = seen_EBC[..., -1]
+    before_EB = jnp.cumsum(blocks_EB, axis=1) - blocks_EB
+    return member_EBC, seen_EBC + before_EB[..., None] - 1
+
+
+@jax.custom_vjp
+def _take_rows(x_TD: jax.Array, plan: Plan) -> jax.Array:
+    """Row r is the token of pair_R[r]; any token at holes. Its transpose is `_sum_rows`, not a scatter-add."""
+    return x_TD[plan.pair_R % x_TD.shape[0]]
+
+
+@jax.custom_vjp
+def _sum_rows(rows_RD: jax.Array, plan: Plan) -> jax.Array:
+    """Per token the float32 sum of its rows, [T, D] in the type of `rows`. Its transpose is `_take_rows`."""
+    # Block by block: as one reduction over K, XLA takes several times as long.
+    first_T, *others_KT = plan.row_KT
+    total_TD = rows_RD[first_T].astype(jnp.float32)
+    for row_T in others_KT:
+        total_TD += rows_RD[row_T].astype(jnp.float32)
+    return total_TD.astype(rows_RD.dtype)
+
+
+_take_rows.defvjp(
+    lambda x_TD, plan: (_take_rows(x_TD, plan), plan), lambda plan, grad_RD: (_sum_rows(grad_RD, plan), None)
+)
+_sum_rows.defvjp(
+    lambda rows_RD, plan: (_sum_rows(rows_RD, plan), plan), lambda plan, grad_TD: (_take_rows(grad_TD, plan), None)
+)
+
+
+@jax.custom_vjp
+def _take_mix(mix_KT: jax.Array, plan: Plan) -> jax.Array:
+    """The weight of each row's pair, 0 at holes."""
+    return mix_KT.reshape(-1).at[plan.pair_R].get(mode="fill", fill_value=0)
+
+
+_take_mix.defvjp(
+    lambda mix_KT, plan: (_take_mix(mix_KT, plan), plan),
+    lambda plan, grad_R: (jnp.where(plan.kept_KT, grad_R[plan.row_KT], 0), None),
+)
+
+
+def run_local(experts: Experts, weights, x_TD, mix_KT, plan: Plan):
+    """Dispatch, experts, combine on one device: (y_TD, kept pairs int32)."""
+    rows_RD = checkpoint_name(_take_rows(x_TD, plan), "dispatch")
+    rows_RD = experts(rows_RD, _take_mix(mix_KT, plan), plan.sizes_E, *weights)
+    return _sum_rows(rows_RD, plan), plan.kept_KT.sum(dtype=jnp.int32)
 
 
 def through_experts(
@@ -113,45 +147,74 @@ def through_experts(
     mix_BSK: jax.Array,
     moe: MoEConfig,
     mesh: Mesh,
+    align: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """sum_k mix_k * expert_{ids_k}(x) for every token, and the number of pairs that were computed.
 
     `ids_BSK` of `num_experts` marks a pair that goes nowhere (padding). `weights` are gate|up [E, D, 2F] and
     down [E, F, D], cut over fsdp along D and over expert along E; they are gathered over fsdp inside, so the
-    gather is redone in the backward pass instead of being kept or hoisted out of the layer scan.
+    gather is redone in the backward pass instead of being kept or hoisted out of the layer scan. Experts see
+    down transposed, [E, D, F]: it is gathered along rows, which needs no copy of the whole.
+    The tokens are cut over `context` and `tensor` too: no device computes a pair that another one does.
     """
     group = mesh.shape["expert"]
     local_experts = moe.num_experts // group
 
     def body(weights, x_BSD, ids_BSK, mix_BSK):
         gate_up, down = weights
+        down = down.swapaxes(1, 2)
         if mesh.shape["fsdp"] > 1:
-            gate_up = jax.lax.all_gather(gate_up, "fsdp", axis=1, tiled=True)
-            down = jax.lax.all_gather(down, "fsdp", axis=2, tiled=True)
-        shape = x_BSD.shape
+            gate_up, down = (jax.lax.all_gather(w, "fsdp", axis=1, tiled=True) for w in (gate_up, down))
         x, ids, mix = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, ids_BSK, mix_BSK))
         if group > 1:
             x, ids, mix = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, ids, mix))
             ids = ids - jax.lax.axis_index("expert") * local_experts
             ids = jnp.where((ids >= 0) & (ids < local_experts), ids, local_experts)
-        y_TD, kept = run_local(experts, (gate_up, down), x, ids, mix, local_experts, _capacity(moe, ids.shape[0]))
+
+        def one_pass(x_TD, ids_TK, mix_TK):
+            plan = plan_rows(ids_TK.T, local_experts, align=align, **_bounds(moe, ids_TK.shape[0], group))
+            return run_local(experts, (gate_up, down), x_TD, mix_TK.T, plan)
+
+        y_TD, kept = _in_passes(one_pass, x, ids, mix)
         if group > 1:
             y_TD = jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
         # One count per device: a sum in here returned as replicated could not be checked.
-        return y_TD.reshape(shape).astype(x_BSD.dtype), kept[None]
+        return y_TD.reshape(x_BSD.shape).astype(x_BSD.dtype), kept[None]
 
-    tokens = PartitionSpec(BATCH_AXES, None, None)
     y_BSD, kept = jax.shard_map(
         body,
         mesh=mesh,
-        in_specs=(tuple(spec(axes) for axes in WEIGHT_AXES), tokens, tokens, tokens),
-        out_specs=(tokens, PartitionSpec(BATCH_AXES)),
+        in_specs=(tuple(spec(axes) for axes in WEIGHT_AXES), TOKENS, TOKENS, TOKENS),
+        out_specs=(TOKENS, PartitionSpec((*BATCH_AXES, "context", "tensor"))),
         check_vma=False,  # megablox has no replication types; every output above is cut by tokens
     )(weights, x_BSD, ids_BSK, mix_BSK)
     return y_BSD, kept.sum()
 
 
-def _capacity(moe: MoEConfig, tokens: int) -> int | None:
-    if moe.dispatch == "dropless":
-        return None
-    return math.ceil(moe.capacity_factor * tokens * moe.num_experts_per_tok / moe.num_experts)
+def number_of_passes(tokens: int, per_token: int) -> int:
+    """How often the experts run for so many tokens of an expert group: the fewest equal parts below PASS_PAIRS."""
+    wanted = -(-tokens * per_token // PASS_PAIRS)
+    return next(n for n in range(wanted, tokens + 1) if tokens % n == 0)
+
+
+def _in_passes(one_pass: Callable, x_TD: jax.Array, ids_TK: jax.Array, mix_TK: jax.Array):
+    """`one_pass` over so few tokens at a time that the rows of a pass stay below PASS_PAIRS.
+
+    Beyond that, larger products are no faster; only their rows, several arrays of them, take more memory.
+    """
+    passes = number_of_passes(*ids_TK.shape)
+    if passes == 1:
+        return one_pass(x_TD, ids_TK, mix_TK)
+    again = jax.checkpoint(lambda xs: one_pass(*xs), prevent_cse=False)
+    y, kept = jax.lax.map(again, tuple(a.reshape(passes, -1, a.shape[-1]) for a in (x_TD, ids_TK, mix_TK)))
+    return y.reshape(x_TD.shape), kept.sum()
+
+
+def _bounds(moe: MoEConfig, tokens: int, group: int) -> dict[str, int | None]:
+    """What `plan_rows` may keep of the `tokens` of an expert group in one pass: per expert, and per device."""
+    mean = tokens * moe.num_experts_per_tok / moe.num_experts
+    capacity = math.ceil(moe.capacity_factor * mean) if moe.dispatch == "drop_and_pad" else None
+    local_experts = moe.num_experts // group
+    if moe.buffer_factor and group > 1:
+        return {"capacity": capacity, "rows": math.ceil(moe.buffer_factor * mean * local_experts)}
+    return {"capacity": capacity, "rows": capacity and capacity * local_experts}

@@ -7,19 +7,27 @@ from dataclasses import asdict
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from moe_jax.config import MeshConfig
 from moe_jax.errors import UserError
 
+# Outermost first: neighbours on a torus go to the axes that talk most often.
+AXES = ("slices", "data", "fsdp", "expert", "context", "tensor")
+
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all of them); one axis of -1 takes what the others leave."""
+    """A mesh over `devices` (default: all of them); one axis of -1 takes what the others leave.
+
+    With several slices, the devices of one slice share an index on the `slices` axis, so that only that
+    axis crosses the data-centre network.
+    """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = asdict(cfg)
+    sizes = {axis: asdict(cfg)[axis] for axis in AXES}
     free = [name for name, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    wanted = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1) or "of one device"
     if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
         raise UserError(f"mesh {wanted} is not usable; give sizes of 1 or more, at most one of them -1")
     if free:
@@ -29,9 +37,19 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
             f"mesh {wanted} does not fit {len(devices)} device(s); "
             f"the sizes must multiply to {len(devices)}, or leave one of them -1"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
-    )
+    return Mesh(_arrange(tuple(sizes.values()), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    hardware_slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(hardware_slices) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if len(hardware_slices) != shape[0]:
+        raise UserError(f"the devices form {len(hardware_slices)} slices; set mesh.slices={len(hardware_slices)}")
+    across = (shape[0],) + (1,) * (len(shape) - 1)
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *shape[1:]), across, devices, allow_split_physical_axes=True
+    )  # fmt: skip
 
 
 def single_device_mesh() -> Mesh:

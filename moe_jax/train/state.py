@@ -62,8 +62,12 @@ def _create(cfg: RunConfig) -> TrainState:
     return TrainState(jnp.int32(0), params, biases, optimizer.init(params), run_key)
 
 
-def state_shardings(cfg: RunConfig, mesh: Mesh) -> TrainState:
-    """A TrainState of NamedShardings: moments live where their parameter does, all else everywhere."""
+def state_shardings(cfg: RunConfig, mesh: Mesh, in_use: bool = False) -> TrainState:
+    """A TrainState of NamedShardings: moments live where their parameter does, all else everywhere.
+
+    With `optimizer.offload` the moments are in the host's memory between steps, but not `in_use`.
+    """
+    memory = "pinned_host" if cfg.optimizer.offload and not in_use else None
     everywhere = NamedSharding(mesh, PartitionSpec())
     leaves = describe(cfg.model)
     params = unflatten_paths({p: sharding(mesh, f.axes) for p, f in leaves.items() if f.trained})
@@ -71,7 +75,7 @@ def state_shardings(cfg: RunConfig, mesh: Mesh) -> TrainState:
     optimizer = make_optimizer(cfg.optimizer, cfg.steps, cfg.model)
     shapes = jax.eval_shape(partial(_create, cfg))
     opt_state = optax.tree_map_params(
-        optimizer.init, lambda _, where: where, shapes.opt_state, params,
+        optimizer.init, lambda _, where: where.with_memory_kind(memory), shapes.opt_state, params,
         transform_non_params=lambda _: everywhere,
     )  # fmt: skip
     return TrainState(everywhere, params, biases, opt_state, everywhere)

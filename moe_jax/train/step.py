@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
 from moe_jax.model.attention import Tokens
-from moe_jax.ops.cross_entropy import cross_entropy_sum
 from moe_jax.parallel.rules import sharding
 from moe_jax.train.balance import update_bias
 from moe_jax.train.optimizer import make_optimizer, make_schedule
@@ -45,10 +44,7 @@ def _forward(cfg: RunConfig, mesh: Mesh, params: dict, biases: dict, batch: Batc
     model, compute = assemble(cfg.model, params, biases), compute_for(cfg, mesh)
     tokens = Tokens(batch["positions"], batch["segment_ids"])
     hidden, stats, _ = model(batch["tokens"], tokens, compute, remat=cfg.remat)
-    rows = max(1, batch["tokens"].shape[0] // mesh.size)
-    chunk = min(batch["tokens"].shape[1], max(1, cfg.loss_chunk // rows))
-    operands = model.head(hidden, compute)
-    nll = cross_entropy_sum(*operands, batch["targets"], batch["loss_mask"], chunk)
+    nll = model.loss(hidden, batch["targets"], batch["loss_mask"], compute, cfg.loss_chunk)
     if stats is None:
         none = jnp.zeros(0)
         return Loss(nll, jnp.float32(0), jnp.float32(0), none, none)
@@ -105,7 +101,10 @@ def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch],
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (loss, parts), grads = loss_and_grads(state.params, state.biases, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        moments = state.opt_state
+        if cfg.optimizer.offload:
+            moments = jax.device_put(moments, state_shardings(cfg, mesh, in_use=True).opt_state)
+        updates, opt_state = optimizer.update(grads, moments, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         biases = state.biases
         if moe is not None and moe.use_expert_bias:

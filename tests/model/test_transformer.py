@@ -1,7 +1,7 @@
 """The model against an independent NumPy implementation, and what its parameter tree promises."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +19,25 @@ from moe_jax.parallel.mesh import single_device_mesh
 from moe_jax.paths import flatten_paths, unflatten_paths
 from moe_jax.train.state import assemble, disassemble
 from tests.model import reference
-from tests.tiny import DENSE, MOE, batch, with_moe
+from tests.tiny import DENSE, MOE, batch, quick, with_moe
+
+
+@cache
+def _initial(cfg, seed):
+    return quick(lambda key: disassemble(build(cfg, key)))(jax.random.key(seed))
 
 
 def parameters(cfg, seed=0):
     """Random parameters by path; the selection bias is not zero, so that it matters."""
-    params, biases = disassemble(build(cfg, jax.random.key(seed)))
-    flat = {k: np.asarray(v) for k, v in flatten_paths(params).items()}
+    params, biases = _initial(cfg, seed)
+    flat = {k: np.array(v) for k, v in flatten_paths(params).items()}
     rng = np.random.default_rng(seed)
     for path, value in flatten_paths(biases).items():
         flat[path] = rng.normal(0, 0.1, value.shape).astype(np.float32)
     return flat
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(quick, static_argnums=(0, 1))
 def _forward(cfg, quant, flat, ids, tokens):
     model = assemble(cfg, unflatten_paths(flat), {})
     compute = Compute(single_device_mesh(), quant=quant)
@@ -181,14 +186,3 @@ def test_sampling_is_seeded_and_top_p_keeps_the_head_of_the_distribution():
     draws = [int(sample(logits, jax.random.key(i), 1.0, 0.7)) for i in range(200)]
     assert set(draws) == {0, 1}
     assert int(sample(logits, jax.random.key(0), 0.0, 1.0)) == 0
-
-
-def test_remat_changes_nothing():
-    data = batch(1)
-    model = assemble(MOE, jax.tree.map(jnp.asarray, unflatten_paths(parameters(MOE))), {})
-    compute = Compute(single_device_mesh())
-    ids, positions, segments = (jnp.asarray(data[k]) for k in ("tokens", "positions", "segment_ids"))
-    tokens = Tokens(positions, segments)
-    plain, _, _ = model(ids, tokens, compute)
-    again, _, _ = model(ids, tokens, compute, remat=True)
-    np.testing.assert_allclose(plain, again, atol=1e-6)

@@ -1,5 +1,7 @@
 """Three implementations of the grouped product, one meaning."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_jax.ops.grouped_matmul import grouped_matmul, implementation_for, tile_sizes
+from moe_jax.ops.grouped_matmul import grouped_matmul, implementation_for, row_alignment, tile_sizes
+from tests.tiny import quick
 
 # Shapes are few because each is compiled; group sizes are drawn freely, empty groups included.
 SHAPES = [(96, 40, 24, 5), (200, 130, 72, 3), (64, 32, 136, 7)]
@@ -22,29 +25,31 @@ def _operands(shape, seed=0):
     return jnp.asarray(lhs), jnp.asarray(rhs)
 
 
-def _value_and_gradients(implementation, **kwargs):
-    @jax.jit
-    def run(lhs, rhs, sizes, weights):
-        def loss(lhs, rhs):
-            out = grouped_matmul(lhs, rhs, sizes, implementation=implementation, **kwargs)
-            return (out * weights).sum(), out
+@cache
+def value_and_gradients(implementation, **kwargs):
+    """(out, gradient of lhs, gradient of rhs) from (lhs, rhs, sizes, upstream gradient)."""
 
-        (_, out), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(lhs, rhs)
-        return out, *grads
+    def run(lhs, rhs, sizes, grad):
+        out, transpose = jax.vjp(
+            lambda lhs, rhs: grouped_matmul(lhs, rhs, sizes, implementation=implementation, **kwargs), lhs, rhs
+        )
+        return out, *transpose(grad)
 
-    return run
-
-
-REFERENCE, TILES = _value_and_gradients("dense"), _value_and_gradients("tiles")
-MEGABLOX = _value_and_gradients("megablox", interpret=True)
+    return quick(run)
 
 
-def _assert_agree(run, shape, sizes):
+def _assert_agree(implementation, shape, sizes, transpose_rhs=False):
+    """Equal to the dense definition on the rows that belong to groups; the others are undefined."""
     lhs, rhs = _operands(shape)
-    weights = jnp.asarray(np.random.default_rng(1).standard_normal((shape[0], shape[2]), np.float32))
-    sizes = jnp.asarray(sizes, jnp.int32)
-    for got, want in zip(run(lhs, rhs, sizes, weights), REFERENCE(lhs, rhs, sizes, weights), strict=True):
-        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-4)
+    if transpose_rhs:
+        rhs = rhs.swapaxes(1, 2)
+    grad = jnp.asarray(np.random.default_rng(1).standard_normal((shape[0], shape[2]), np.float32))
+    sizes, rows = jnp.asarray(sizes, jnp.int32), int(np.sum(sizes))
+    options = {"interpret": True} if implementation == "megablox" else {}
+    got = value_and_gradients(implementation, transpose_rhs=transpose_rhs, **options)(lhs, rhs, sizes, grad)
+    want = value_and_gradients("dense", transpose_rhs=transpose_rhs)(lhs, rhs, sizes, grad)
+    for a, b in zip((*(x[:rows] for x in got[:2]), got[2]), (*(x[:rows] for x in want[:2]), want[2]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4)
 
 
 @st.composite
@@ -56,36 +61,44 @@ def shapes_and_sizes(draw, shapes):
     return shape, np.diff([0, *cuts, total])
 
 
-@given(shapes_and_sizes(SHAPES))
+@given(shapes_and_sizes(SHAPES), st.booleans())
 @settings(max_examples=40)
-def test_the_tile_loop_equals_the_reference_in_value_and_gradient(case):
-    _assert_agree(TILES, *case)
+def test_the_tile_loop_equals_the_reference_in_value_and_gradient(case, transpose_rhs):
+    shape, sizes = case
+    _assert_agree("tiles", shape, sizes, transpose_rhs)
 
 
+@pytest.mark.parametrize("transpose_rhs", [False, True])
 @pytest.mark.parametrize("sizes", [[0, 0, 96, 0, 0], [20, 0, 31, 5, 0], [0, 0, 0, 0, 0], [16, 16, 16, 16, 32]])
-def test_megablox_equals_the_reference_in_value_and_gradient(sizes):
-    _assert_agree(MEGABLOX, SHAPES[0], sizes)
+def test_megablox_equals_the_reference_in_value_and_gradient(sizes, transpose_rhs):
+    _assert_agree("megablox", SHAPES[0], sizes, transpose_rhs)
 
 
-@pytest.mark.parametrize("sizes", [[100, 0, 60], [0, 1, 0]])
-def test_megablox_is_right_where_k_and_n_are_no_multiple_of_the_tile(sizes):
-    _assert_agree(MEGABLOX, SHAPES[1], sizes)
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+@pytest.mark.parametrize("sizes", [[100, 0, 60], [128, 0, 72], [0, 1, 0]])
+def test_megablox_is_right_where_k_and_n_are_no_multiple_of_the_tile(sizes, transpose_rhs):
+    _assert_agree("megablox", SHAPES[1], sizes, transpose_rhs)
 
 
-def test_uninitialised_rows_never_reach_the_result():
-    """The kernel runs in memory filled with NaN, as a TPU may hand it out."""
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+@pytest.mark.parametrize(("implementation", "garbage"), [("megablox", np.nan), ("tiles", 1e9)])
+def test_rows_that_belong_to_no_group_reach_nothing_else(implementation, garbage, transpose_rhs):
+    """NaN and worse in them on the way forward and back, and the kernel in memory that is NaN until written."""
     lhs, rhs = _operands(SHAPES[0])
-    lhs = lhs.at[50:].set(jnp.nan)
+    if transpose_rhs:
+        rhs = rhs.swapaxes(1, 2)
+    sizes, grad = jnp.asarray([20, 0, 25, 5, 0], jnp.int32), jnp.ones((96, 24))
+    want = value_and_gradients("dense", transpose_rhs=transpose_rhs)(lhs, rhs, sizes, grad)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-        run = _value_and_gradients("megablox")
-        out, grad_lhs, grad_rhs = run(lhs, rhs, jnp.asarray([20, 0, 25, 5, 0], jnp.int32), jnp.ones((96, 24)))
-    assert (out[50:] == 0).all() and (grad_lhs[50:] == 0).all()
-    assert np.isfinite(np.asarray(out)).all() and np.isfinite(np.asarray(grad_rhs)).all()
+        run = value_and_gradients(implementation, transpose_rhs=transpose_rhs)
+        got = run(lhs.at[50:].set(jnp.nan), rhs, sizes, grad.at[50:].set(garbage))
+    for a, b in zip((got[0][:50], got[1][:50], got[2]), (want[0][:50], want[1][:50], want[2]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4)
 
 
 def test_an_empty_group_gets_a_zero_gradient():
     lhs, rhs = _operands(SHAPES[0])
-    for run in (TILES, MEGABLOX):
+    for run in (value_and_gradients("tiles"), value_and_gradients("megablox", interpret=True)):
         grad = run(lhs, rhs, jnp.asarray([50, 0, 46, 0, 0], jnp.int32), jnp.ones((96, 24)))[2]
         assert (grad[1] == 0).all() and (grad[0] != 0).any()
 
@@ -105,4 +118,16 @@ def test_an_unknown_implementation_is_refused():
 def test_tiles_are_lanes_of_128_and_bounded(m, k, n):
     tiles = tile_sizes(m, k, n)
     assert all(t % 128 == 0 for t in tiles)
-    assert tiles[0] <= 512 and tiles[1] <= 1024 and tiles[2] <= 1024
+    assert all(t <= limit for t, limit in zip(tiles, (128, 1024, 1024), strict=True))
+    assert all(t < size + 128 for t, size in zip(tiles, (m, k, n), strict=True))
+
+
+def test_one_tile_covers_the_matrix_of_a_fine_grained_expert():
+    """Consecutive row tiles of a group then find its matrix in VMEM: S's gate|up and down, both ways."""
+    for k, n in [(768, 768), (384, 768), (768, 384)]:
+        assert tile_sizes(131_072, k, n)[1:] == (k, n)
+
+
+def test_groups_start_where_no_tile_is_shared():
+    assert row_alignment("megablox") == tile_sizes(131_072, 768, 768)[0]
+    assert row_alignment("tiles") == 1  # the loop's tiles start where a group does

@@ -67,7 +67,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
             cache_dir=str(root / "tokens"),
         ),
     )
-    overrides = ["steps=12", "checkpoint.every_steps=4", "checkpoint.keep=2", "remat=false"]
+    overrides = ["steps=12", "checkpoint.every_steps=4", "checkpoint.keep=2", "remat=nothing"]
     cfg = apply(cfg, [*overrides, "compute_dtype=float32", "optimizer.learning_rate=0.01"])
     write_json(root / "config.json", to_dict(cfg))
     cache = {

@@ -1,0 +1,154 @@
+"""`python -m launch gke|queued|xpk`: print what starts a job on TPU pods, and start it with --submit.
+
+The job itself goes to standard output and nothing else does: what one should know stands on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from launch import jobset, queued, xpk
+from launch.job import Job, shell
+from launch.record import job_record, write_record
+from launch.slices import Slice
+from moe_jax.config import RunConfig
+from moe_jax.errors import UserError
+
+# (config, slice, slices) -> expected tokens/s per chip, if known; raises UserError where the job does not fit.
+CheckFit = Callable[[RunConfig, Slice, int], float | None]
+
+
+class _Launcher(NamedTuple):
+    tool: str
+    summary: str
+    render: Callable[[Job], str]
+    hints: Callable[[Job], list[str]]
+    submit: Callable[[Job], int]
+
+
+def _apply(job: Job) -> int:
+    return subprocess.run(
+        ["kubectl", "apply", "-f", "-"], input=jobset.render(job), text=True, stdout=2, check=False
+    ).returncode
+
+
+def _create(job: Job) -> int:
+    return subprocess.run(xpk.command_line(job), stdout=2, check=False).returncode
+
+
+LAUNCHERS = {
+    "gke": _Launcher("kubectl", "a JobSet manifest for GKE", jobset.render, jobset.hints, _apply),
+    "queued": _Launcher("gcloud", "machines from a queued resource", queued.render, queued.hints, queued.submit),
+    "xpk": _Launcher("xpk", "an xpk workload", xpk.render, xpk.hints, _create),
+}
+
+
+def chip_hours(cfg: RunConfig, tokens_per_second_per_chip: float) -> float:
+    """What a stage costs, on however many chips it runs."""
+    return cfg.steps * cfg.tokens_per_step / tokens_per_second_per_chip / 3600
+
+
+def launch_job(job: Job, submit: bool, check_fit: CheckFit | None = None) -> int:
+    """Print a job, after it is found to fit; with `submit` also record and start it. The tool's exit status.
+
+    Raises:
+        UserError: the config is mistyped, the job does not fit, or the tool is missing.
+    """
+    launcher, kind, stages = LAUNCHERS[job.launcher], job.slice, job.stages
+    notes = [f"# {job.slices} x {kind.family}:{kind.topology}, {job.slices * kind.chips} chips on "
+             f"{job.slices * kind.hosts} hosts; the run is {job.run}"]  # fmt: skip
+    for cfg in stages:
+        if check_fit and (rate := check_fit(cfg, kind, job.slices)):
+            notes.append(f"# {cfg.stage}: about {chip_hours(cfg, rate):,.0f} chip-hours")
+        notes += [f"# {path} is neither in the bucket nor in the image" for path in _local_paths(cfg)]
+    image = shell([job.image])
+    notes.append(f"docker build -t {image} . && docker push {image}")
+    text = launcher.render(job)
+    print(text, end="", flush=True)
+    print("\n".join([*notes, *launcher.hints(job)]), file=sys.stderr, flush=True)
+    if not submit:
+        return 0
+    if shutil.which(launcher.tool) is None:
+        raise UserError(
+            f"{launcher.tool} is not on PATH; install it, or leave --submit out and take what is printed"
+        )
+    write_record(job.run, job_record(job.launcher, job.to_dict(), job.config, job.overrides))
+    return launcher.submit(job)
+
+
+def _local_paths(cfg: RunConfig) -> list[str]:
+    """Paths of the config that a host would look for in its own file system."""
+    paths = [source.path for source in (*cfg.data.sources, *cfg.data.heldout)]
+    paths += [cfg.data.tokenizer, cfg.init_from]
+    return [path for path in paths if path and not path.startswith(("gs://", "/", "stdlib:"))]
+
+
+def add_pod_commands(commands: Any, check_fit: CheckFit | None = None) -> None:
+    """Add `gke`, `queued` and `xpk`; `check_fit` is asked before anything is printed."""
+    for name, launcher in LAUNCHERS.items():
+        sub = commands.add_parser(
+            name,
+            help=f"print {launcher.summary}; --submit starts it with {launcher.tool}",
+            epilog=f"Example:\n  python -m launch {name} mobilemoe_s --topology v5e-256 --slices 2 --bucket gs://b "
+            f"--image IMAGE{_EXAMPLE.get(name, '')} mesh.data=2",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("config", help="what python -m moe_jax train takes: registered names")
+        sub.add_argument("overrides", nargs="*", help="dotted.name=value", metavar="OVERRIDE")
+        sub.add_argument("--topology", required=True, help="one slice: v5e-256 or v5e:16x16")
+        sub.add_argument("--slices", type=int, default=1)
+        sub.add_argument("--bucket", required=True, metavar="gs://...", help="where runs are kept")
+        sub.add_argument("--image", required=True, help="container image, built by the Dockerfile")
+        sub.add_argument("--run", metavar="NAME", help="of the job and its folder in the bucket; the config's")
+        capacity = sub.add_mutually_exclusive_group()
+        capacity.add_argument("--spot", action="store_true", help="capacity that can be taken away")
+        capacity.add_argument("--reservation", default="", metavar="R", help="capacity that is reserved")
+        sub.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+        sub.add_argument("--grace-seconds", type=int, default=300, help="for the final save (default: 300)")
+        sub.add_argument("--max-restarts", type=int, default=10, help="after crashes (default: 10)")
+        sub.add_argument("--submit", action="store_true", help=f"start it with {launcher.tool}")
+        if name != "xpk":
+            sub.add_argument("--service-account", default="", metavar="NAME")
+        if name == "gke":
+            sub.add_argument("--mount", action="store_true", help="mount the bucket instead of using gs://")
+            sub.add_argument(
+                "--no-host-network",
+                dest="host_network",
+                action="store_false",
+                help="several slices: the pod's own network and identity, unprivileged, slower",
+            )
+        else:
+            sub.add_argument("--zone", default="")
+            sub.add_argument("--project", default="")
+        if name == "xpk":
+            sub.add_argument("--cluster", default="")
+        sub.set_defaults(command=_command, launcher=name, check_fit=check_fit)
+
+
+_EXAMPLE = {"queued": " --zone us-west4-a", "xpk": " --cluster CLUSTER"}
+
+
+def _command(arguments: Any) -> int:
+    given = {key: value for key, value in vars(arguments).items() if key in Job.__dataclass_fields__}
+    environment = {}
+    for text in arguments.env:
+        name, equals, environment[name] = text.partition("=")
+        if not equals:
+            raise UserError(f"--env {text!r} is not of the form NAME=VALUE")
+    name = arguments.run or arguments.config.partition(",")[0].replace("_", "-")
+    job = Job(**(given | {"name": name, "environment": environment}))
+    return launch_job(job, arguments.submit, arguments.check_fit)
+
+
+def relaunchers(check_fit: CheckFit | None = None) -> dict[str, Callable[[dict[str, Any], bool], int]]:
+    """For `launch.record.add_resume_command`: each launcher with a recorded job."""
+
+    def relaunch(job: dict[str, Any], submit: bool) -> int:
+        return launch_job(Job(**job), submit, check_fit)
+
+    return dict.fromkeys(LAUNCHERS, relaunch)

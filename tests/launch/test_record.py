@@ -1,0 +1,43 @@
+"""launch.json: what was started, and that it is started again exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.job import Job
+from launch.record import job_record, read_record, write_record
+from tests.launch.pod_jobs import calls, fake_tools, job, run
+
+ROOT = Path(__file__).parents[2]
+GKE = ["gke", "mobilemoe_s", "seed=3", "--topology", "v5e-256", "--bucket", "gs://b", "--image", "i"]
+
+
+def test_a_recorded_run_is_rebuilt_exactly_and_refused_once_its_config_is_another(tmp_path, monkeypatch, capfd):
+    log = fake_tools(tmp_path / "bin", monkeypatch, "kubectl", "gcloud")
+    assert run(*GKE, "--spot", "--env", "A=$b", "--submit") == 0
+    first = capfd.readouterr().out
+    assert run("resume", "gs://b/mobilemoe-s") == 0
+    assert capfd.readouterr().out == first and calls(log)[-1]["words"][:2] == ["storage", "cat"]
+
+    given_job = job(spot=True)
+    record = job_record("gke", given_job.to_dict(), given_job.config, given_job.overrides)
+    assert record["versions"]["jax"] and record["environment"].keys() >= {"JAX_PLATFORMS"}
+    write_record(str(tmp_path / "run"), record)
+    stored = read_record(str(tmp_path / "run"))
+    assert stored == record and Job(**stored["job"]) == given_job
+
+    stored["resolved"]["mobilemoe_s"]["optimizer"]["learning_rate"] = 1.0
+    write_record(str(tmp_path / "run"), stored)
+    assert run("resume", str(tmp_path / "run")) == 2
+    assert "optimizer.learning_rate" in capfd.readouterr().err
+    assert run("resume", str(tmp_path / "none")) == 2
+    assert "none/launch.json cannot be read" in capfd.readouterr().err
+
+
+def test_a_record_holds_commit_difference_and_new_files():
+    git = job_record("gke", {}, "mobilemoe_s", [])["git"]
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git working tree")
+    assert len(git["commit"]) == 40 and isinstance(git["diff"], str) and isinstance(git["untracked"], list)

@@ -1,0 +1,71 @@
+"""xpk: its command line, and quoting through YAML, Kubernetes and bash."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launch.xpk import command_line, inner_command, render
+from tests.launch.pod_jobs import NASTY, calls, expanded, fake_tools, job, run
+
+XPK = ["xpk", "mobilemoe_s", "--topology", "v5e-256", "--slices", "2", "--bucket", "gs://b", "--image", "i"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(NASTY, max_size=4))
+def test_any_argument_survives_xpks_yaml_kubernetes_and_bash(words):
+    # xpk puts the command on one line of a literal block, which the pod runs with bash -c.
+    block = yaml.safe_load("command: |\n  (" + inner_command(["printf", "%s\\0", "", *words]) + ")\n")
+    done = subprocess.run(
+        ["/bin/bash", "-c", expanded(block["command"], {"JAX_PLATFORMS": "tpu,cpu"})],
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.decode().split("\0")[1:-1] == words
+
+
+@pytest.mark.parametrize(
+    ("topology", "tpu_type"),
+    [
+        ("v5e-256", "v5litepod-256"),
+        ("v6e:4x4", "v6e-16"),
+        ("v5p-128", "v5p-4x4x4"),
+        ("v5p:4x4x16", "v5p-4x4x16"),
+        ("tpu7x-128", "tpu7x-4x4x4"),
+    ],
+)
+def test_slices_have_the_names_that_xpk_knows(topology, tpu_type):
+    assert f"--tpu-type={tpu_type}" in command_line(job("xpk", topology=topology))
+
+
+def test_the_line_says_what_the_manifest_says():
+    words = command_line(job("xpk", slices=2, spot=True, grace_seconds=60, max_restarts=4))
+    assert words[:3] == ["xpk", "workload", "create"]
+    assert {
+        "--cluster=pool", "--workload=mobilemoe-s", "--num-slices=2", "--max-restarts=4", "--spot",
+        "--termination-grace-period-seconds=60", "--restart-on-exit-codes=1,75", "--env=JAX_PLATFORMS=tpu,cpu",
+    } < set(words)  # fmt: skip
+    assert "--command=python -m moe_jax train mobilemoe_s seed=3 --run gs://b/mobilemoe-s" in words
+    assert shlex.split(render(job("xpk", slices=2))) == command_line(job("xpk", slices=2))
+
+
+def test_submit_runs_what_is_printed_and_names_a_missing_tool(tmp_path, monkeypatch, capfd):
+    assert run(*XPK) == 2
+    assert "add --cluster" in capfd.readouterr().err
+    log = fake_tools(tmp_path / "bin", monkeypatch, "xpk", "gcloud")
+    assert run(*XPK, "--cluster", "c", "--submit") == 0
+    assert ["xpk", *calls(log)[-1]["words"]] == shlex.split(capfd.readouterr().out)
+    monkeypatch.setenv("PATH", "")
+    assert run(*XPK, "--cluster", "c", "--submit") == 2
+    assert "xpk is not on PATH" in capfd.readouterr().err
+
+
+def test_without_gcloud_a_job_starts_all_the_same_and_the_missing_record_is_said(tmp_path, monkeypatch, capfd):
+    log = fake_tools(tmp_path / "bin", monkeypatch, "xpk")
+    assert run(*XPK, "--cluster", "c", "--submit") == 0
+    assert "launch.json was not written" in capfd.readouterr().err and len(calls(log)) == 1
