@@ -95,6 +95,7 @@ def least_seconds(cfg: RunConfig, sizes: dict[str, int], kind: Slice) -> tuple[f
     moved = 28 * cut + count * 2 * (3 + again) * whole
     width = sum(_widths(cfg))
     moved += tokens * model.num_layers * 2 * _PASSES * (width + max(0.0, width - _kept(cfg)) / 3)
+    moved += tokens * model.num_layers * 2 * 2 * _kept(cfg)  # written, and read again
     residual = 2 * model.d_model * model.num_layers * tokens
     sent = [
         ("all-gather", sizes["fsdp"], 1, 2 * whole * again * count),

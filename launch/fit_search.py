@@ -142,7 +142,10 @@ def search(
         hopeful = [c for c in left if fits(c) and promise(c) > best]
         if not hopeful and best:
             break
-        chosen = max(hopeful, key=promise) if hopeful else min(left, key=lambda c: c.args + c.temp)
+        # Until something fits, data and fsdp alone: at these sizes the best is among them, or close to it.
+        plain = [c for c in hopeful if not best and c.cfg.mesh.expert * c.cfg.mesh.context * c.cfg.mesh.tensor == 1]
+        pool = plain or hopeful
+        chosen = max(pool, key=promise) if pool else min(left, key=lambda c: c.args + c.temp)
         left.remove(chosen)
         rest = f", about {sum(spent) / len(spent) / 60 * (max_compiles - len(spent)):.0f} min left" if spent else ""
         say(f"compile {len(spent) + 1} of at most {max_compiles}{rest}: {in_words(chosen.cfg)}")
@@ -150,7 +153,7 @@ def search(
         try:
             record = measure(chosen.cfg)
         except UserError as error:
-            say(f"not compiled: {error}")
+            say(f"not compiled: {str(error)[:200]}")
             spent.append(time.monotonic() - start)
             continue
         spent.append(time.monotonic() - start)

@@ -192,9 +192,12 @@ def through_experts(
 
 
 def number_of_passes(tokens: int, per_token: int) -> int:
-    """How often the experts run for so many tokens of an expert group: the fewest equal parts below PASS_PAIRS."""
+    """How often the experts run for so many tokens of an expert group: the fewest equal parts below PASS_PAIRS.
+
+    One where only very small parts would be equal, as for a prime number of tokens.
+    """
     wanted = -(-tokens * per_token // PASS_PAIRS)
-    return next(n for n in range(wanted, tokens + 1) if tokens % n == 0)
+    return next((n for n in range(wanted, 4 * wanted + 1) if tokens % n == 0), 1)
 
 
 def _in_passes(one_pass: Callable, x_TD: jax.Array, ids_TK: jax.Array, mix_TK: jax.Array):

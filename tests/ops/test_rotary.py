@@ -1,6 +1,6 @@
 """Head norm and rotation: the kernel, interpreted, against plain JAX, and both against the description."""
 
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def test_scores_of_permuted_columns_equal_those_of_interleaved_pairs(prepare):
     positions = rng.permutation(length)
     angles = rotation(jnp.asarray(positions)[None], ROPE, WIDTH)
     q, k = (
-        quick(partial(prepare, eps=1e-5, scale=scale))(
+        quick(lambda heads, cos, sin, scale=scale: prepare(heads, cos, sin, 1e-5, scale))(
             jnp.einsum("sd,dh->hs", x, halves_first(jnp.asarray(w)))[None, None], *angles
         )
         for w, scale in zip(weights, (SCALE, 1.0), strict=True)
