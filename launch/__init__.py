@@ -1,1 +1,5 @@
-"""Starting jobs: what `moe_jax` defines, in processes that are watched and restarted."""
+"""Where a run fits and how it starts.
+
+`fit*` compile it for TPU slices that are not here; `pods`, `jobset`, `queued` and `xpk` print what starts it there;
+`local` and `demo` run it on this machine. All use what `moe_jax` defines; nothing in `moe_jax` knows of them.
+"""

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from launch.fit import add_fit_command, check_fit
+from launch.fit import add_fit_command
 from launch.local import run_local
 from launch.pods import add_pod_commands, relaunchers
 from launch.record import add_resume_command
@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--fresh", action="store_true", help="remove what the folder holds and start over")
     sub.set_defaults(command=_demo)
     add_fit_command(commands)
-    add_pod_commands(commands, check_fit)
-    add_resume_command(commands, relaunchers(check_fit))
+    add_pod_commands(commands)
+    add_resume_command(commands, relaunchers())
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [word for word in rest if "=" not in word or word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

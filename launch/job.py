@@ -77,7 +77,13 @@ class Job:
     @property
     def stages(self) -> list[RunConfig]:
         """The configs with their overrides; a mistyped one is a UserError before anything is started."""
-        return [configs.load(name, self.overrides) for name in self.config.split(",")]
+        return [configs.load(name, self._overrides) for name in self.config.split(",")]
+
+    @property
+    def _overrides(self) -> list[str]:
+        """The user's, and the mesh axis that joins the slices unless they set it."""
+        said = any(word.startswith("mesh.slices=") for word in self.overrides)
+        return self.overrides if said or self.slices == 1 else [*self.overrides, f"mesh.slices={self.slices}"]
 
     @property
     def run(self) -> str:
@@ -88,7 +94,7 @@ class Job:
     def command(self) -> list[str]:
         """What each host runs."""
         run = self.run.replace(f"gs://{self.bucket_name}", MOUNT, 1) if self.mount else self.run
-        return ["python", "-m", "moe_jax", "train", self.config, *self.overrides, "--run", run]
+        return ["python", "-m", "moe_jax", "train", self.config, *self._overrides, "--run", run]
 
     @property
     def bucket_name(self) -> str:

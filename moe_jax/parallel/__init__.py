@@ -1,5 +1,6 @@
-"""Where arrays live: the mesh, the rules that put parameters on it, and the transport of tokens to experts.
+"""Where arrays live, and the code that runs per device.
 
-`rules.py` is the only file that ties a parameter's logical axis to a mesh axis; `dispatch.py` is the only
-one with code per device. Change a rule here and the model code stays as it is.
+`mesh.py` names the axes and `rules.py` is the only file that ties a parameter's logical axis to one of them;
+`product.py`, `dispatch.py` and `vocabulary.py` hold what runs inside shard_map: products with cut weights, the
+transport of tokens to experts, and both ends of the model. Change a rule here and the model code stays as it is.
 """

@@ -50,7 +50,7 @@ def test_the_line_says_what_the_manifest_says():
         "--cluster=pool", "--workload=mobilemoe-s", "--num-slices=2", "--max-restarts=4", "--spot",
         "--termination-grace-period-seconds=60", "--restart-on-exit-codes=1,75", "--env=JAX_PLATFORMS=tpu,cpu",
     } < set(words)  # fmt: skip
-    assert "--command=python -m moe_jax train mobilemoe_s seed=3 --run gs://b/mobilemoe-s" in words
+    assert "--command=python -m moe_jax train mobilemoe_s seed=3 mesh.slices=2 --run gs://b/mobilemoe-s" in words
     assert shlex.split(render(job("xpk", slices=2))) == command_line(job("xpk", slices=2))
 
 
