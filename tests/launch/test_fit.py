@@ -315,14 +315,15 @@ def test_a_plan_keeps_the_tokens_of_a_step_and_counts_what_it_puts_aside():
     assert {c.cfg.data.global_batch_size // c.cfg.gradient_accumulation for c in given} == {256}
 
 
-def test_more_recomputation_needs_less_memory_and_more_time():
+def test_what_is_kept_takes_memory_and_to_keep_everything_takes_more_traffic_than_it_saves():
     kind, cfg = parse_slice("v5e:4x4"), sized(configs.load("mobilemoe_s"), 16, 2048, 8)
     policies = ("full", "save_attention", "save_dispatch", "nothing")
     found = [replace(cfg, remat=policy) for policy in policies]
     memory = [estimated_bytes(c, MESH | {"fsdp": 16})[1] for c in found]
     assert memory == sorted(memory) and len(set(memory)) == 4
     speed = {c.cfg.remat: c.tokens_per_second for c in reversed(plan(cfg, kind, 1, 8).candidates)}
-    assert speed["full"] < speed["save_attention"] < speed["nothing"]
+    # As compiled for v5e:16x16: ceilings of 56 % (full), 58 % and 48 % (nothing).
+    assert speed["nothing"] < speed["full"] < speed["save_attention"]
 
 
 def test_the_ranking_shows_what_fits_what_does_not_and_what_was_not_compiled(once):
