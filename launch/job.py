@@ -13,8 +13,6 @@ from launch.slices import Slice, parse_slice
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 
-PREEMPTED = 75  # EX_TEMPFAIL: "a checkpoint is saved, start me again"
-MISTAKEN = 2  # the configuration is wrong: a restart would meet the same error
 MOUNT = "/bucket"
 RECORD = "launch.json"
 # Without a TPU, JAX must fail rather than train on the host's processor.

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from launch.job import MISTAKEN, MOUNT, PREEMPTED, Job, kubernetes_literal, shell
+from launch.job import MOUNT, Job, kubernetes_literal, shell
+from moe_jax.errors import MISTAKEN, PREEMPTED
 
 _CONTAINER = "train"
 

@@ -6,8 +6,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from launch.job import MISTAKEN, PREEMPTED, Job, shell
-from moe_jax.errors import UserError
+from launch.job import Job, shell
+from moe_jax.errors import MISTAKEN, PREEMPTED, UserError
 
 _QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
 

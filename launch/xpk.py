@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from launch.job import PREEMPTED, Job, kubernetes_literal, shell
-from moe_jax.errors import UserError
+from launch.job import Job, kubernetes_literal, shell
+from moe_jax.errors import PREEMPTED, UserError
 
 _CRASHED = 1  # xpk by itself restarts on 42 and on signals only
 

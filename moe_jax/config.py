@@ -220,14 +220,42 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save and what to keep."""
+    """When to save and what to keep; the newest complete checkpoint always stays."""
 
     every_steps: int = 1000
-    keep: int = 3
+    every_minutes: float = 0.0  # and when this long has passed since the last save; 0 is off
+    keep: int = 3  # newest complete ones
+    keep_every: int = 0  # and, for good, those whose step is a multiple of this; 0 keeps none
+    keep_best: bool = False  # and the one of the lowest held-out loss, which is then measured at each save
+    heldout_batches: int = 16  # of data.heldout that keep_best looks at, at most
 
     def __post_init__(self) -> None:
         _require(self.every_steps > 0, "checkpoint.every_steps must be positive")
         _require(self.keep > 0, "checkpoint.keep must be positive")
+        _require(
+            self.every_minutes >= 0 and self.keep_every >= 0,
+            "checkpoint.every_minutes and checkpoint.keep_every must be 0 (off) or positive",
+        )
+        _require(self.heldout_batches > 0, "checkpoint.heldout_batches must be positive")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What is done about a run that goes wrong by itself."""
+
+    on_bad_step: str = "stop"  # or skip: back to the last checkpoint and past the batch
+    spike_factor: float = 0.0  # a loss this many times the median of the last 32 is bad; 0: only a non-finite one
+    max_skipped: int = 8  # batches; one more stops the run
+    hang_minutes: float = 30.0  # without a step until the process ends itself with a stack dump; 0 never does
+
+    def __post_init__(self) -> None:
+        _one_of("guard.on_bad_step", self.on_bad_step, ("stop", "skip"))
+        _require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            f"guard.spike_factor is {self.spike_factor}; it must be 0 (off) or above 1",
+        )
+        _require(self.max_skipped >= 0, "guard.max_skipped must not be negative")
+        _require(self.hang_minutes >= 0, "guard.hang_minutes must be 0 (never) or positive")
 
 
 @dataclass(frozen=True)
@@ -241,6 +269,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     steps: int = 1000
     gradient_accumulation: int = 1  # microbatches per optimizer step
     compute_dtype: str = "bfloat16"  # or float32; parameters, router, norms and loss stay float32

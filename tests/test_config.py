@@ -78,7 +78,15 @@ mesh.context
 mesh.tensor
 mesh.slices
 checkpoint.every_steps
+checkpoint.every_minutes
 checkpoint.keep
+checkpoint.keep_every
+checkpoint.keep_best
+checkpoint.heldout_batches
+guard.on_bad_step
+guard.spike_factor
+guard.max_skipped
+guard.hang_minutes
 steps
 gradient_accumulation
 compute_dtype
