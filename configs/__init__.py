@@ -9,17 +9,17 @@ import importlib
 import inspect
 import json
 import pkgutil
-from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.overrides import apply, from_dict, nearest
 
 
-def registered() -> dict[str, Callable[[], RunConfig]]:
+def registered() -> dict[str, FunctionType]:
     """Name -> config function, in alphabetical order of the names."""
-    found: dict[str, Callable[[], RunConfig]] = {}
+    found: dict[str, FunctionType] = {}
     for module_info in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{module_info.name}")
         for name, function in inspect.getmembers(module, inspect.isfunction):
@@ -42,6 +42,29 @@ def get(name: str) -> RunConfig:
     if name not in functions:
         raise UserError(f"no config is called {name!r}{nearest(name, list(functions))}")
     return functions[name]()
+
+
+def families() -> dict[str, list[str]]:
+    """Family -> names of its stages, in the order in which its module defines them.
+
+    A family's stages are named `<family>_<stage>`; its first may bear the family's name alone. One stage is none.
+    """
+    functions = registered()
+    named = {name: function().stage for name, function in functions.items()}
+    found = {name: [name] for name in functions if not name.endswith(f"_{named[name]}")}
+    ordered = sorted(functions, key=lambda name: functions[name].__code__.co_firstlineno)
+    for name in ordered:
+        if name not in found:
+            found.setdefault(name.removesuffix(f"_{named[name]}"), []).append(name)
+    return {family: names for family, names in found.items() if len(names) > 1}
+
+
+def stages(family: str) -> list[str]:
+    """The names of a family's stages, in order; an unknown family is a UserError with the nearest one."""
+    found = families()
+    if family not in found:
+        raise UserError(f"no family of stages is called {family!r}{nearest(family, list(found))}")
+    return found[family]
 
 
 def summary(name: str) -> str:

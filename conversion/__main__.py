@@ -7,10 +7,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from moe_jax.__main__ import guarded
+from moe_jax.command_line import add_command, add_json, guarded, make_parser, parse
+from moe_jax.errors import UserError
 from moe_jax.files import write_json
 
 _EXAMPLES = """\
@@ -31,7 +34,7 @@ Exit status: 0, 1 if verify finds that something differs, 2 after one sentence o
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = parse(_parser(), argv)
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it is announced
     # torch, torchao and the converter speak of their own insides; errors still come through as exceptions.
     warnings.simplefilter("ignore")
@@ -41,24 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m conversion",
-        description="From a checkpoint to a phone.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, command: Callable, text: str, example: str) -> Any:
-        sub = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=f"Example:\n  python -m conversion {name} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(command=command)
-        return sub
+    parser, commands = make_parser("python -m conversion", "From a checkpoint to a phone.", _EXAMPLES)
+    add = partial(add_command, commands)
 
     def add_checkpoint(sub: Any) -> None:
         sub.add_argument("--step", type=int, help="this checkpoint instead of the last")
@@ -68,17 +55,18 @@ def _parser() -> argparse.ArgumentParser:
     def add_threads(sub: Any) -> None:
         sub.add_argument("--threads", type=int, default=2, help="CPU threads of the engine")
 
-    def add_json(sub: Any) -> None:
-        sub.add_argument("--json", metavar="PATH", help="write the numbers here as well")
-
     sub = add(
         "export",
         _export,
         "write a run's checkpoint as a .litertlm bundle and as .safetensors, codes and scales unchanged",
         "runs/demo/qat model.litertlm --context 512 --prefill 16,128",
+        "mobilemoe_s --random-weights --seed 0 --out bundles --json export.json",
     )
-    sub.add_argument("run_dir", metavar="run", help="run folder")
-    sub.add_argument("output", help="the bundle, ending in .litertlm")
+    sub.add_argument("source", metavar="run", help="run folder, or a registered config with --random-weights")
+    sub.add_argument("output", nargs="?", help="the bundle, ending in .litertlm")
+    sub.add_argument("--out", metavar="DIR", help="instead of a name: the folder for <last part of run>.litertlm")
+    sub.add_argument("--random-weights", action="store_true", help="a model of these shapes, to measure with")
+    sub.add_argument("--seed", type=int, default=0, help="of random weights")
     add_checkpoint(sub)
     sub.add_argument("--context", type=int, help="most tokens of prompt and answer (default: as trained)")
     sub.add_argument(
@@ -153,9 +141,20 @@ def _options(arguments: Any) -> dict[str, Any]:
 
 
 def _export(arguments: Any) -> None:
-    from conversion.export import export
+    import configs
+    from conversion.export import export, export_random
 
-    result = export(**_options(arguments), say=_say)
+    options = _options(arguments)
+    source, output, folder, seed = (options.pop(name) for name in ("source", "output", "out", "seed"))
+    if (output is None) == (folder is None):
+        raise UserError("say where to: either a name that ends in .litertlm or --out with a folder")
+    output = output or Path(folder, f"{Path(source).name}.litertlm")
+    if options.pop("random_weights"):
+        model = configs.load(source).model
+        options = {k: v for k, v in options.items() if k not in ("step", "quantize_float")}
+        result = export_random(model, output, seed=seed, **options, say=_say)
+    else:
+        result = export(source, output, **options, say=_say)
     _table(result)
     _write(arguments, result)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -22,9 +21,11 @@ from typing import Any
 
 import configs
 from launch import report
+from launch.status import last_steps
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
 from moe_jax.overrides import to_dict
+from moe_jax.train.catalogue import complete_steps
 
 STAGES = ("pretrain", "midtrain", "sft", "qat")
 PROMPT = "What does `os.path.join` do?"
@@ -247,8 +248,6 @@ def run_and_kill(command: list[str], run: Path, saved: int, step: int, env: dict
 
     Returns the last step logged. Raises PartFailed where the command ends before that by itself.
     """
-    from moe_jax.train.checkpoint import complete_steps
-
     child = subprocess.Popen(command, env=env)
     try:
         while child.poll() is None:
@@ -278,15 +277,8 @@ def differences(run: Path, other: Path) -> list[str]:
 
 
 def _last_step(run: Path) -> int:
-    """The last step whose line is whole, 0 before the first; asked often, so it reads the log's end alone."""
-    try:
-        with (run / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
-            tail = file.read()
-    except FileNotFoundError:
-        return 0
-    steps = re.findall(rb'^\{"step": (\d+),.*\}\n', tail, re.MULTILINE)
-    return int(steps[-1]) if steps else 0
+    """The last step whose line is whole, 0 before the first."""
+    return max((line["step"] for line in last_steps(run)), default=0)
 
 
 def _typed(command: Sequence[str]) -> str:

@@ -14,9 +14,14 @@ from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 
 MOUNT = "/bucket"
-RECORD = "launch.json"
 # Without a TPU, JAX must fail rather than train on the host's processor.
 _ENVIRONMENT = {"JAX_PLATFORMS": "tpu,cpu", "PYTHONUNBUFFERED": "1"}
+
+
+_ONLY_FOR = {
+    "mount": ("gke",), "host_network": ("gke",), "service_account": ("gke", "queued"),
+    "zone": ("queued", "xpk"), "project": ("queued", "xpk"), "cluster": ("xpk",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Job:
     zone: str = ""  # queued, xpk
     project: str = ""  # queued, xpk
     cluster: str = ""  # xpk
+    stage: str = ""  # where the run is one stage of a pipeline: its folder in that of the run
 
     def __post_init__(self) -> None:
         # The strictest of the three: names of JobSets become host names, xpk allows 40 characters.
@@ -63,6 +69,11 @@ class Job:
             )
         if ".json" in self.config:
             raise UserError(f"{self.config} is a file that the image lacks; register it in configs/ and name it")
+        for name, launchers in _ONLY_FOR.items():
+            given = getattr(self, name) != self.__dataclass_fields__[name].default
+            if given and self.launcher not in launchers:
+                option = "no-host-network" if name == "host_network" else name.replace("_", "-")
+                raise UserError(f"--{option} means nothing to {self.launcher}; leave it out")
         for name in self.environment:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise UserError(f"--env {name!r} is no name of an environment variable")
@@ -84,15 +95,24 @@ class Job:
         return self.overrides if said or self.slices == 1 else [*self.overrides, f"mesh.slices={self.slices}"]
 
     @property
+    def root(self) -> str:
+        """The folder of that name in the bucket."""
+        return f"{self.bucket.rstrip('/')}/{self.name}"
+
+    @property
     def run(self) -> str:
         """The run folder as gs://."""
-        return f"{self.bucket.rstrip('/')}/{self.name}"
+        return f"{self.root}/{self.stage}".rstrip("/")
+
+    def on_host(self, path: str) -> str:
+        """A gs:// path of the bucket as the hosts name it."""
+        return path.replace(f"gs://{self.bucket_name}", MOUNT, 1) if self.mount else path
 
     @property
     def command(self) -> list[str]:
         """What each host runs."""
-        run = self.run.replace(f"gs://{self.bucket_name}", MOUNT, 1) if self.mount else self.run
-        return ["python", "-m", "moe_jax", "train", self.config, *self._overrides, "--run", run]
+        words = ["python", "-m", "moe_jax", "train", self.config, *self._overrides]
+        return [*words, "--run", self.on_host(self.run)]
 
     @property
     def bucket_name(self) -> str:

@@ -5,22 +5,24 @@ The job itself goes to standard output and nothing else does: what one should kn
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from launch import jobset, queued, xpk
 from launch.job import Job, shell
 from launch.record import job_record, write_record
 from launch.slices import Slice
+from moe_jax.command_line import add_command
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 
-# (config, slice, slices) -> expected tokens/s per chip, if known; raises UserError where the job does not fit.
-CheckFit = Callable[[RunConfig, Slice, int], float | None]
+# (config, slice, slices, which stage of how many) -> tokens/s per chip, None where it cannot be told; raises
+# UserError where the job does not fit.
+CheckFit = Callable[[RunConfig, Slice, int, str], float | None]
 
 
 class _Launcher(NamedTuple):
@@ -62,10 +64,14 @@ def launch_job(job: Job, submit: bool, check_fit: CheckFit | None = None) -> int
     launcher, kind, stages = LAUNCHERS[job.launcher], job.slice, job.stages
     notes = [f"# {job.slices} x {kind.family}:{kind.topology}, {job.slices * kind.chips} chips on "
              f"{job.slices * kind.hosts} hosts; the run is {job.run}"]  # fmt: skip
-    for cfg in stages:
-        if check_fit and (rate := check_fit(cfg, kind, job.slices)):
-            notes.append(f"# {cfg.stage}: about {chip_hours(cfg, rate):,.0f} chip-hours")
+    costs = []
+    for number, cfg in enumerate(stages, 1):
+        if check_fit and (rate := check_fit(cfg, kind, job.slices, f"{number} of {len(stages)}")):
+            costs.append(chip_hours(cfg, rate))
+            notes.append(f"# {cfg.stage}: about {costs[-1]:,.0f} chip-hours")
         notes += [f"# {path} is neither in the bucket nor in the image" for path in _local_paths(cfg)]
+    if len(costs) > 1:
+        notes.append(f"# in all: about {sum(costs):,.0f} chip-hours")
     image = shell([job.image])
     notes.append(f"docker build -t {image} . && docker push {image}")
     text = launcher.render(job)
@@ -91,64 +97,73 @@ def _local_paths(cfg: RunConfig) -> list[str]:
 def add_pod_commands(commands: Any, check_fit: CheckFit | None = None) -> None:
     """Add `gke`, `queued` and `xpk`; `check_fit` is asked before anything is printed."""
     for name, launcher in LAUNCHERS.items():
-        sub = commands.add_parser(
+        sub = add_command(
+            commands,
             name,
-            help=f"print {launcher.summary}; --submit starts it with {launcher.tool}",
-            epilog=f"Example:\n  python -m launch {name} mobilemoe_s --topology v5e-256 --slices 2 --bucket gs://b "
-            f"--image IMAGE{_EXAMPLE.get(name, '')} mesh.data=2",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            partial(_command, launcher=name, check_fit=check_fit),
+            f"print {launcher.summary}; --submit starts it with {launcher.tool}",
+            f"mobilemoe_s --topology v5e-256 --slices 2 --bucket gs://b --image IMAGE{_EXAMPLE[name]} mesh.data=2",
+            config="what python -m moe_jax train takes: registered names",
         )
-        sub.add_argument("config", help="what python -m moe_jax train takes: registered names")
-        sub.add_argument("overrides", nargs="*", help="dotted.name=value", metavar="OVERRIDE")
-        sub.add_argument("--topology", required=True, help="one slice: v5e-256 or v5e:16x16")
-        sub.add_argument("--slices", type=int, default=1)
-        sub.add_argument("--bucket", required=True, metavar="gs://...", help="where runs are kept")
-        sub.add_argument("--image", required=True, help="container image, built by the Dockerfile")
         sub.add_argument("--run", metavar="NAME", help="of the job and its folder in the bucket; the config's")
-        capacity = sub.add_mutually_exclusive_group()
-        capacity.add_argument("--spot", action="store_true", help="capacity that can be taken away")
-        capacity.add_argument("--reservation", default="", metavar="R", help="capacity that is reserved")
-        sub.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
-        sub.add_argument("--grace-seconds", type=int, default=300, help="for the final save (default: 300)")
         sub.add_argument("--max-restarts", type=int, default=10, help="after crashes (default: 10)")
-        sub.add_argument("--submit", action="store_true", help=f"start it with {launcher.tool}")
-        if name != "xpk":
-            sub.add_argument("--service-account", default="", metavar="NAME")
-        if name == "gke":
-            sub.add_argument("--mount", action="store_true", help="mount the bucket instead of using gs://")
-            sub.add_argument(
-                "--no-host-network",
-                dest="host_network",
-                action="store_false",
-                help="several slices: the pod's own network and identity, unprivileged, slower",
-            )
-        else:
-            sub.add_argument("--zone", default="")
-            sub.add_argument("--project", default="")
-        if name == "xpk":
-            sub.add_argument("--cluster", default="")
-        sub.set_defaults(command=_command, launcher=name, check_fit=check_fit)
+        add_pod_options(sub, [name], required=True)
 
 
-_EXAMPLE = {"queued": " --zone us-west4-a", "xpk": " --cluster CLUSTER"}
+_EXAMPLE = {"gke": "", "queued": " --zone us-west4-a", "xpk": " --zone us-west4-a --cluster CLUSTER"}
 
 
-def _command(arguments: Any) -> int:
+def add_pod_options(sub: Any, launchers: list[str], required: bool) -> None:
+    """Options of jobs of these launchers, for `pod_job`; `required` are those that no pod job can do without."""
+    sub.add_argument("--topology", required=required, help="one slice: v5e-256 or v5e:16x16")
+    sub.add_argument("--slices", type=int, default=1)
+    sub.add_argument("--bucket", required=required, default="", metavar="gs://...", help="where runs are kept")
+    sub.add_argument("--image", required=required, default="", help="container image, built by the Dockerfile")
+    capacity = sub.add_mutually_exclusive_group()
+    capacity.add_argument("--spot", action="store_true", help="capacity that can be taken away")
+    capacity.add_argument("--reservation", default="", metavar="R", help="capacity that is reserved")
+    sub.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+    sub.add_argument("--grace-seconds", type=int, default=300, help="for the final save (default: 300)")
+    sub.add_argument("--submit", action="store_true", help="start it instead of printing it alone")
+    sub.add_argument("--no-fit", dest="fit", action="store_false", help="do not compile first whether it fits")
+    if launchers != ["xpk"]:
+        sub.add_argument("--service-account", default="", metavar="NAME")
+    if "gke" in launchers:
+        sub.add_argument("--mount", action="store_true", help="mount the bucket instead of using gs://")
+        sub.add_argument(
+            "--no-host-network",
+            dest="host_network",
+            action="store_false",
+            help="several slices: the pod's own network and identity, unprivileged, slower",
+        )
+    if launchers != ["gke"]:
+        sub.add_argument("--zone", default="")
+        sub.add_argument("--project", default="")
+    if "xpk" in launchers:
+        sub.add_argument("--cluster", default="")
+
+
+def pod_job(arguments: Any, launcher: str, **fields: Any) -> Job:
+    """The job of a command line; `fields` replace its own."""
     given = {key: value for key, value in vars(arguments).items() if key in Job.__dataclass_fields__}
     environment = {}
     for text in arguments.env:
         name, equals, environment[name] = text.partition("=")
         if not equals:
             raise UserError(f"--env {text!r} is not of the form NAME=VALUE")
+    return Job(**(given | {"launcher": launcher, "environment": environment} | fields))
+
+
+def _command(arguments: Any, launcher: str, check_fit: CheckFit | None) -> int:
     name = arguments.run or arguments.config.partition(",")[0].replace("_", "-")
-    job = Job(**(given | {"name": name, "environment": environment}))
-    return launch_job(job, arguments.submit, arguments.check_fit)
+    job = pod_job(arguments, launcher, name=name)
+    return launch_job(job, arguments.submit, check_fit if arguments.fit else None)
 
 
-def relaunchers(check_fit: CheckFit | None = None) -> dict[str, Callable[[dict[str, Any], bool], int]]:
-    """For `launch.record.add_resume_command`: each launcher with a recorded job."""
+def relaunchers(check_fit: CheckFit | None = None) -> dict[str, Callable[..., int]]:
+    """For `launch.record.add_resume_command`: each launcher with a recorded job, whether to submit and to check."""
 
-    def relaunch(job: dict[str, Any], submit: bool) -> int:
-        return launch_job(Job(**job), submit, check_fit)
+    def relaunch(job: dict[str, Any], submit: bool, fit: bool) -> int:
+        return launch_job(Job(**job), submit, check_fit if fit else None)
 
     return dict.fromkeys(LAUNCHERS, relaunch)

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import configs
-from launch.job import RECORD
+from moe_jax.command_line import add_command
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
-from moe_jax.files import write_json
+from moe_jax.files import is_remote, location, write_json
 from moe_jax.overrides import differences, from_dict, to_dict
 
+RECORD = "launch.json"
 _FORMAT = "moe_jax launch 1"
 _OF_INTEREST = ("JAX_", "XLA_", "LIBTPU_", "TPU_")  # of the environment; all of it would hold secrets
 _ROOT = Path(__file__).parents[1]
 
-Launch = Callable[[dict[str, Any], bool], int]
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it raises is said in one line, without its tracebacks
+
+Launch = Callable[[dict[str, Any], bool, bool], int]
 
 
 def job_record(launcher: str, job: dict[str, Any], config: str, overrides: list[str]) -> dict[str, Any]:
@@ -44,38 +48,34 @@ def job_record(launcher: str, job: dict[str, Any], config: str, overrides: list[
             "untracked": _git("ls-files", "--others", "--exclude-standard").splitlines(),
         },
         "versions": {d.metadata["Name"]: d.version for d in metadata.distributions()} | {"python": sys.version},
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(_OF_INTEREST)},
+        "environment": environment_of_interest(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
 
 
+def environment_of_interest(leave_out: Collection[str] = ()) -> dict[str, str]:
+    """What of this process's environment decides how JAX runs."""
+    return {k: v for k, v in os.environ.items() if k.startswith(_OF_INTEREST) and k not in leave_out}
+
+
 def write_record(run: str, record: dict[str, Any]) -> None:
-    """launch.json into the run folder; gcloud takes it to a bucket, and where it cannot, that is only said."""
-    path = f"{run.rstrip('/')}/{RECORD}"
-    if not run.startswith("gs://"):
-        write_json(path, record)
-        return
+    """launch.json into the run folder; a bucket that cannot be written from here is only spoken of."""
+    path = location(run) / RECORD
     try:
-        done = _gcloud("cp", "-", path, text=json.dumps(record, indent=2))
-    except OSError as error:
-        done = f"gcloud does not run ({error.strerror})"
-    if done:
-        print(f"# {path} was not written: {done}", file=sys.stderr)
+        write_json(path, record)
+    except Exception as error:  # what gcsfs raises is of many kinds
+        if not is_remote(run):
+            raise
+        print(f"# {path} was not written: {_line(error)}", file=sys.stderr, flush=True)
 
 
 def read_record(run: str) -> dict[str, Any]:
     """The record of a run folder, local or in a bucket; a UserError where there is none."""
-    path = f"{run.rstrip('/')}/{RECORD}"
+    path = location(run) / RECORD
     try:
-        if run.startswith("gs://"):
-            words = ["gcloud", "storage", "cat", path]
-            text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-        else:
-            text = Path(path).read_text()
-        record = json.loads(text)
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        why = (getattr(error, "stderr", "") or str(error)).strip()
-        raise UserError(f"{path} cannot be read ({why}); start the run by its own command") from None
+        record = json.loads(path.read_text())
+    except Exception as error:
+        raise UserError(f"{path} cannot be read ({_line(error)}); start the run by its own command") from None
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise UserError(f"{path} is no record of this launcher; start the run by its own command")
     return record
@@ -101,16 +101,19 @@ def rebuild(record: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def add_resume_command(commands: Any, launchers: Mapping[str, Launch]) -> None:
-    """Add `resume RUN`; `launchers` start a rebuilt job, given it and whether to submit."""
-    sub = commands.add_parser("resume", help="start a recorded run again, exactly as it was started")
-    sub.add_argument("run", help="run folder, local or gs://")
-    sub.add_argument("--submit", action="store_true", help="run it instead of printing it")
+    """Add `resume RUN`; `launchers` start a rebuilt job, given it, whether to submit and whether to check fit."""
 
     def resume(arguments: Any) -> int:
         launcher, job = rebuild(read_record(arguments.run))
-        return launchers[launcher](job, arguments.submit)
+        return launchers[launcher](job, arguments.submit, arguments.fit)
 
-    sub.set_defaults(command=resume)
+    text = "start a recorded run again, exactly as it was started: at once if it ran on this machine, else as its "
+    sub = add_command(
+        commands, "resume", resume, text + "launcher prints it", "runs/a", "gs://b/mobilemoe-s --submit"
+    )
+    sub.add_argument("run", help="run folder, local or gs://")
+    sub.add_argument("--submit", action="store_true", help="of a job on pods: start it instead of printing it")
+    sub.add_argument("--no-fit", dest="fit", action="store_false", help="of a job on pods: do not compile first")
 
 
 def _git(*words: str) -> str:
@@ -122,8 +125,6 @@ def _git(*words: str) -> str:
     return done.stdout.decode(errors="replace")
 
 
-def _gcloud(*words: str, text: str) -> str:
-    """What went wrong, in one line, or nothing."""
-    done = subprocess.run(["gcloud", "storage", *words], input=text, capture_output=True, text=True, check=False)
-    said = done.stderr.strip().splitlines() or [f"gcloud exited with {done.returncode}"]
-    return said[0] if done.returncode else ""
+def _line(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]

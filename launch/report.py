@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch import pictures
-from moe_jax.files import write_bytes
+from moe_jax.files import read_lines, write_bytes
 
 STAGES = ("pretrain", "midtrain", "sft", "qat")
 _AVERAGED = 5  # steps behind each end of a loss curve: one batch alone is chance
@@ -53,21 +53,14 @@ def ladder(result: Report) -> list[Rung]:
     ]  # fmt: skip
 
 
-def read_lines(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl."""
-    path = run / "metrics.jsonl"
-    text = path.read_text() if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
 def starts(run: Path) -> list[int]:
     """The step at which each process of a run began: 0, then the checkpoints it was resumed from."""
-    return [line["step"] for line in read_lines(run) if line.get("event") == "start"]
+    return [line["step"] for line in read_lines(run / "events.jsonl") if line["event"] == "start"]
 
 
 def read_curves(demo: Path) -> dict[str, list[dict[str, Any]]]:
     """The step lines of each stage."""
-    return {s: [line for line in read_lines(demo / s) if "loss" in line] for s in STAGES}
+    return {stage: read_lines(demo / stage / "metrics.jsonl") for stage in STAGES}
 
 
 def collect(demo: Path, record: dict[str, Any], prompt: str) -> Report:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import configs
+from moe_jax.command_line import add_command, add_json, add_overrides, guarded, make_parser, parse
 from moe_jax.errors import UserError
-from moe_jax.files import write_json
+from moe_jax.files import location, write_json
 
 _EXAMPLES = """\
 A run is a folder: config, logs, tokenizer and checkpoints. The usual order of things:
@@ -30,56 +30,16 @@ dotted name: data.seq_len=256 model.moe.num_experts=8 quant=default data.sources
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status: 0, or 2 after one sentence on standard error that the user can act on."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    # Overrides may stand before and after options, which argparse cannot say by itself.
-    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    unknown = [word for word in rest if word not in overrides]
-    if unknown or (overrides and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
-    if hasattr(arguments, "overrides"):
-        arguments.overrides += overrides
+    arguments = parse(_parser(), argv)
     return guarded(arguments.command, arguments)
 
 
-def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
-    """Call a command; what the user can mend becomes one sentence and status 2, the rest keeps its traceback."""
-    try:
-        return command(arguments) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        print(f"error: {error.strerror}: {error.filename}; make room or mend it", file=sys.stderr)
-    return 2
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m moe_jax",
-        description="Train MobileMoE in JAX.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser, commands = make_parser("python -m moe_jax", "Train MobileMoE in JAX.", _EXAMPLES)
 
     def add(name: str, command: Callable, text: str, example: str, config: bool) -> Any:
-        sub = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=f"Example:\n  python -m moe_jax {name} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(command=command)
-        if config:
-            sub.add_argument("config", help="registered name or .json file")
-            sub.add_argument("overrides", nargs="*", help="dotted.name=value", metavar="OVERRIDE")
-        return sub
-
-    def add_json(sub: Any) -> None:
-        sub.add_argument("--json", metavar="PATH", help="write the numbers here as well")
+        wanted = "registered name or .json file" if config else ""
+        return add_command(commands, name, command, text, example, config=wanted)
 
     add("configs", _configs, "list the registered configs", "", False)
 
@@ -91,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo_pretrain --run runs/a steps=200 optimizer.learning_rate=1e-3",
         True,
     )
-    sub.add_argument("--run", required=True, metavar="DIR", help="the run folder")
+    sub.add_argument("--run", required=True, metavar="DIR", help="the run folder, local or gs://")
+    sub.add_argument("--new-data", action="store_true", help="go on although data.sources changed")
 
     sub = add("params", _params, "count parameters and training FLOPs", "mobilemoe_s --json p.json", True)
     add_json(sub)
@@ -104,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         False,
     )
     sub.add_argument("run", help="run folder")
-    sub.add_argument("overrides", nargs="*", help="dotted.name=value", metavar="OVERRIDE")
+    add_overrides(sub)
     add_json(sub)
 
     sub = add(
@@ -148,20 +109,22 @@ def _configs(_: Any) -> None:
         print(f"{name:24} {configs.summary(name)}")
 
 
-def _train(arguments: Any) -> None:
-    names = arguments.config.split(",")
-    runs = [configs.load(name, arguments.overrides) for name in names]
+def _train(arguments: Any) -> int:
+    runs = [configs.load(name, arguments.overrides) for name in arguments.config.split(",")]
     # A resumed run finds its programs compiled.
-    compiled = Path(arguments.run).absolute() / ".compiled"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
-    if len(runs) > 1:
-        from moe_jax.train.stages import run_stages
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(location(arguments.run) / ".compiled"))
+    from moe_jax.parallel import processes
+    from moe_jax.train.stages import run_stages
+    from moe_jax.train.trainer import fit
 
-        run_stages(runs, arguments.run)
-    else:
-        from moe_jax.train.trainer import fit
+    def train(_: Any) -> None:
+        if len(runs) > 1:
+            run_stages(runs, arguments.run, new_data=arguments.new_data)
+        else:
+            fit(runs[0], arguments.run, new_data=arguments.new_data)
 
-        fit(runs[0], arguments.run)
+    processes.start()
+    return processes.end_with(lambda: guarded(train, arguments))
 
 
 def _params(arguments: Any) -> None:

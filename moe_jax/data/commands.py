@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
@@ -13,22 +12,19 @@ from moe_jax.data.pipeline import make_train_iterator
 from moe_jax.data.sources import document_text, iter_documents
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
+from moe_jax.files import AnyPath, location
 
 _TRAINED, _SEEN, _OFF = "\033[32m", "\033[2m", "\033[0m"
 
 
 def build_tokenizer(
-    sources: Sequence[SourceConfig],
-    vocab_size: int,
-    output: str | Path,
-    max_bytes: int = 0,
-    overwrite: bool = False,
+    sources: Sequence[SourceConfig], vocab_size: int, output: AnyPath, max_bytes: int = 0, overwrite: bool = False
 ) -> Tokenizer:
     """Train a tokenizer on the sources (at most about `max_bytes` of each) and save it to `output`.
 
     Raises UserError where `output` exists: checkpoints may depend on it.
     """
-    if Path(output).exists() and not overwrite:
+    if location(output).exists() and not overwrite:
         raise UserError(f"{output} exists, and checkpoints may depend on it; name another file or overwrite it")
     texts = (document_text(d) for source in sources for d in iter_documents(source, max_bytes))
     tokenizer = Tokenizer.train(texts, vocab_size)

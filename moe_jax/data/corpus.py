@@ -45,6 +45,16 @@ def stdlib_files(heldout: bool) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def stdlib_digest(heldout: bool) -> list:
+    """[bytes, sha256 as hex] of one side of the split, relative paths included."""
+    root, total, digest = Path(sysconfig.get_path("stdlib")), 0, hashlib.sha256()
+    for path in stdlib_files(heldout):
+        content = path.read_bytes()
+        total += len(content)
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return [total, digest.hexdigest()]
+
+
 def stdlib_texts(heldout: bool) -> Iterator[str]:
     """The text of each file; the few that are not UTF-8 are left out."""
     for path in stdlib_files(heldout):

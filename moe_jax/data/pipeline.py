@@ -17,6 +17,7 @@ import grain
 import numpy as np
 
 from moe_jax.config import DataConfig
+from moe_jax.data.origin import Origin, origin_of
 from moe_jax.data.packing import Batch, PackedRows, empty_row, stack
 from moe_jax.data.sources import Document, iter_documents
 from moe_jax.data.tokenized import document_ids, tokenize_source
@@ -30,28 +31,51 @@ class TrainIterator:
     `stats` says what one epoch holds: rows, tokens, padding, and conversations truncated or dropped, per source.
     """
 
-    def __init__(self, dataset: grain.IterDataset, stats: list[dict], fingerprint: str) -> None:
+    def __init__(self, dataset: grain.IterDataset, stats: list[dict], origin: Origin) -> None:
         self.stats = stats
-        self._iterator, self._fingerprint = iter(dataset), fingerprint
+        self._iterator, self._origin = iter(dataset), origin
+        self._taken, self._skipped = 0, set()
 
     def __iter__(self) -> TrainIterator:
         return self
 
     def __next__(self) -> Batch:
+        while self._taken < self.batch_number:
+            next(self._iterator)  # dropping a batch costs its rows; moving would cost all that was read ahead
+            self._taken += 1
+        self._taken += 1
         return next(self._iterator)
 
-    def get_state(self) -> dict:
-        """JSON-able position after the last batch taken, with a fingerprint of the data."""
-        return {"position": self._iterator.get_state(), "fingerprint": self._fingerprint}
+    @property
+    def batch_number(self) -> int:
+        """Number of the global batch that comes next, from 0; those skipped have theirs."""
+        number = self._taken
+        while number in self._skipped:
+            number += 1
+        return number
 
-    def set_state(self, state: dict) -> None:
-        """Go to a position; UserError where it was taken on other data, mixture, batch or sequence length."""
-        if state.get("fingerprint") != self._fingerprint:
-            raise UserError(
-                "the data changed since the checkpoint (files, sources, tokenizer, seq_len, batch size or seed); "
-                "restore it, or start a new run with init_from"
-            )
+    def skip(self, number: int) -> None:
+        """Pass over this batch wherever the stream meets it from now on, also after `set_state`."""
+        self._skipped.add(number)
+
+    def get_state(self) -> dict:
+        """JSON-able position after the last batch taken, batches skipped, and what the stream was made from; the
+        same on every process."""
+        position = {"position": self._iterator.get_state(), "batch_number": self.batch_number}
+        return position | {"skipped": sorted(self._skipped)} | vars(self._origin)
+
+    def set_state(self, state: dict, allow_changed: bool = False) -> list[str]:
+        """Go to a position and skip what was skipped there; returns what changed in the data since.
+
+        Raises:
+            UserError: the state is of another sequence length, batch size, seed or tokenizer; or of other files
+                or another mixture, unless `allow_changed`.
+        """
+        changes = self._origin.changes_since(state, allow_changed)
         self._iterator.set_state(state["position"])
+        self._taken = state["position"]["next_index"]
+        self._skipped |= set(state["skipped"])
+        return changes
 
 
 def make_train_iterator(
@@ -67,21 +91,20 @@ def make_train_iterator(
             f"data.global_batch_size {B} is not a multiple of the {process_count} processes; "
             f"use {-(-B // process_count) * process_count}"
         )
-    sources, stats, digest = [], [], hashlib.sha256(repr((B, S, config.seed)).encode())
+    sources, stats, tokenized_sources = [], [], []
     for index, source in enumerate(config.sources):
         tokenized = tokenize_source(source, tokenizer, config.max_bytes, config.cache_dir)
         # Grain adds the epoch to its seed, so sources need seeds that are far apart.
         key = hashlib.sha256(f"{config.seed}/{index}".encode()).digest()
         seed = int.from_bytes(key[:4], "big")
         rows = PackedRows(tokenized, S, tokenizer.bos, tokenizer.pad, seed)
-        digest.update(f"{tokenized.fingerprint}/{source.weight}".encode())
-        tokens = len(tokenized.tokens)
+        tokenized_sources.append(tokenized)
         stats.append(
             {
                 "path": source.path,
                 "documents": len(tokenized),
                 "bytes": tokenized.num_bytes,
-                "tokens": tokens,
+                "tokens": len(tokenized.tokens),
                 "rows": len(rows),
                 "truncated": rows.layout.truncated,
                 "dropped": rows.layout.dropped,
@@ -99,7 +122,7 @@ def make_train_iterator(
     mixed = mixed[: 1 << 48]  # grain 0.2.18 cannot batch an endless dataset by one: its length overflows
     local = mixed.batch(B // process_count, batch_fn=stack)[process_index::process_count]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-    return TrainIterator(local.to_iter_dataset(options), stats, digest.hexdigest())
+    return TrainIterator(local.to_iter_dataset(options), stats, origin_of(config, tokenizer, tokenized_sources))
 
 
 def heldout_batches(config: DataConfig, tokenizer: Tokenizer, batch_size: int | None = None) -> Iterator[Batch]:

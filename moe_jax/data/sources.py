@@ -1,14 +1,20 @@
 """Files to documents: `.txt`, `.jsonl`, `.parquet`, ArrayRecord and the embedded corpus, one document at a time.
 
 A document is a text or a conversation (a list of messages). Files are streamed, never read whole except a `.txt`,
-which is one document. Input that cannot be read ends in a `UserError` that names the file and the mend.
+which is one document; those of a bucket are copied to the disk one at a time, as not every reader knows buckets.
+Input that cannot be read ends in a `UserError` that names the file and the mend.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +22,10 @@ from moe_jax.config import SourceConfig
 from moe_jax.data import corpus
 from moe_jax.data.corpus import Message
 from moe_jax.errors import UserError
+from moe_jax.files import is_remote, remote_filesystem
 
 Document = str | list[Message]
+Manifest = dict[str, list]  # path of a file or name of an embedded part -> [bytes, sha256 as hex]
 
 _STDLIB = {
     "stdlib:text": (corpus.stdlib_texts, False),
@@ -27,33 +35,62 @@ _STDLIB = {
 }
 
 
-def source_files(path: str) -> list[Path]:
+@dataclass(frozen=True)
+class SourceFile:
+    """One file behind a source; another `version` (time of change, or an object's generation), other content."""
+
+    path: str
+    size: int
+    version: str
+
+
+def source_files(path: str) -> list[SourceFile]:
     """The files behind `SourceConfig.path`, sorted; raises UserError where there are none."""
     if path in _STDLIB:
-        return corpus.stdlib_files(_STDLIB[path][1])
+        return [_stat(str(file)) for file in corpus.stdlib_files(_STDLIB[path][1])]
     if path.startswith("stdlib:"):
         raise UserError(f"{path!r} is no part of the embedded corpus; use {', '.join(_STDLIB)}")
-    files = sorted(Path(name) for name in glob.glob(path, recursive=True))
+    found = _list_bucket(path) if is_remote(path) else map(_stat, glob.glob(path, recursive=True))
+    files = sorted(found, key=lambda file: Path(file.path))
     if not files:
         raise UserError(f"no file matches {path!r}; check the path of the source")
     for file in files:
-        if file.is_dir():
-            raise UserError(f"{file} is a folder; name its files with a glob such as '{file}/*.jsonl'")
-        if file.suffix not in _READERS:
-            raise UserError(f"{file} is of no known kind; use one of {', '.join(_READERS)}")
-        if file.stat().st_size == 0:
-            raise UserError(f"{file} is empty; remove it or give a narrower path")
+        if Path(file.path).is_dir():
+            raise UserError(f"{file.path} is a folder; name its files with a glob such as '{file.path}/*.jsonl'")
+        if Path(file.path).suffix not in _READERS:
+            raise UserError(f"{file.path} is of no known kind; use one of {', '.join(_READERS)}")
+        if file.size == 0:
+            raise UserError(f"{file.path} is empty; remove it or give a narrower path")
     return files
 
 
-def iter_documents(source: SourceConfig, max_bytes: int = 0) -> Iterator[Document]:
+def _stat(path: str) -> SourceFile:
+    stat = os.stat(path)
+    return SourceFile(path, stat.st_size, str(stat.st_mtime_ns))
+
+
+def _list_bucket(path: str) -> list[SourceFile]:
+    try:
+        found = remote_filesystem().glob(path, detail=True).values()
+    except Exception as error:  # gcsfs raises errors of many kinds
+        raise UserError(f"cannot list {path}: {error}; check the bucket and the access to it") from None
+    return [
+        SourceFile(f"gs://{item['name']}", item["size"], item["generation"])
+        for item in found
+        if item["type"] == "file"
+    ]
+
+
+def iter_documents(
+    source: SourceConfig, max_bytes: int = 0, manifest: Manifest | None = None
+) -> Iterator[Document]:
     """Documents of one source in file order, each of the source's kind; stops once `max_bytes` are reached.
 
-    Texts of nothing but white space are left out. Raises UserError for unreadable input, for a document of the
-    other kind, and for a source without documents.
+    Texts of nothing but white space are left out. `manifest` is filled with the files as they are opened. Raises
+    UserError for unreadable input, for a document of the other kind, and for a source without documents.
     """
     total = count = 0
-    for name, document in _all_documents(source.path):
+    for name, document in _all_documents(source.path, {} if manifest is None else manifest):
         kind = "text" if isinstance(document, str) else "chat"
         if kind != source.kind:
             raise UserError(f"{name} holds a {kind} where the source says {source.kind}; set its kind to {kind}")
@@ -73,16 +110,32 @@ def document_text(document: Document) -> str:
     return document if isinstance(document, str) else "\n".join(m["content"] for m in document)
 
 
-def _all_documents(path: str) -> Iterator[tuple[str, Document]]:
+def _all_documents(path: str, manifest: Manifest) -> Iterator[tuple[str, Document]]:
     if path in _STDLIB:
         read, heldout = _STDLIB[path]
+        manifest[path] = corpus.stdlib_digest(heldout)
         yield from ((path, document) for document in read(heldout))
         return
-    for file in source_files(path):
+    for source in source_files(path):
         try:
-            yield from _READERS[file.suffix](file)
+            with _on_disk(source.path) as file:
+                with file.open("rb") as content:
+                    manifest[source.path] = [source.size, hashlib.file_digest(content, "sha256").hexdigest()]
+                yield from _READERS[file.suffix](source.path, file)
         except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror or error}; check it") from None
+            raise UserError(f"cannot read {source.path}: {error.strerror or error}; check it") from None
+
+
+@contextlib.contextmanager
+def _on_disk(path: str) -> Iterator[Path]:
+    """The file itself, or a copy for as long as it is read."""
+    if not is_remote(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, Path(path).name)
+        remote_filesystem().get_file(path, str(copy))
+        yield copy
 
 
 def _text(name: str, raw: bytes) -> str:
@@ -116,64 +169,64 @@ def _sound(name: str, text: str) -> str:
     return text
 
 
-def _read_txt(file: Path) -> Iterator[tuple[str, Document]]:
-    yield str(file), _text(str(file), file.read_bytes())
+def _read_txt(name: str, file: Path) -> Iterator[tuple[str, Document]]:
+    yield name, _text(name, file.read_bytes())
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[str, Document]]:
+def _read_jsonl(name: str, file: Path) -> Iterator[tuple[str, Document]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            name = f"{file} line {number}"
+            place = f"{name} line {number}"
             if not line.strip():
                 continue
             try:
-                record = json.loads(_text(name, line))
+                record = json.loads(_text(place, line))
             except json.JSONDecodeError as error:
-                raise UserError(f"{name} is not JSON ({error.msg}); write one object a line") from None
-            yield name, _document(name, record)
+                raise UserError(f"{place} is not JSON ({error.msg}); write one object a line") from None
+            yield place, _document(place, record)
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[str, Document]]:
+def _read_parquet(name: str, file: Path) -> Iterator[tuple[str, Document]]:
     import pyarrow
     import pyarrow.parquet as parquet
 
     try:
         table = parquet.ParquetFile(file)
-        columns = [name for name in ("text", "messages") if name in table.schema_arrow.names][:1]
+        columns = [column for column in ("text", "messages") if column in table.schema_arrow.names][:1]
         if not columns:
             names = ", ".join(table.schema_arrow.names)
-            raise UserError(f"{file} has columns {names}; name one 'text' or 'messages'")
+            raise UserError(f"{name} has columns {names}; name one 'text' or 'messages'")
         row = 0
         for batch in table.iter_batches(batch_size=1024, columns=columns):
             for record in batch.to_pylist():
                 row += 1
-                yield f"{file} row {row}", _document(f"{file} row {row}", record)
+                yield f"{name} row {row}", _document(f"{name} row {row}", record)
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{file} is not a sound Parquet file ({reason}); write it again") from None
+        raise UserError(f"{name} is not a sound Parquet file ({reason}); write it again") from None
 
 
-def _read_array_record(file: Path) -> Iterator[tuple[str, Document]]:
+def _read_array_record(name: str, file: Path) -> Iterator[tuple[str, Document]]:
     """Records are JSON objects as in `.jsonl`, or else plain UTF-8 text."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(str(file))
-    unsound = UserError(f"{file} is not a sound ArrayRecord file; write it again")
+    unsound = UserError(f"{name} is not a sound ArrayRecord file; write it again")
     try:
         if not reader.ok():
             raise unsound
         for index in range(reader.num_records()):
-            name = f"{file} record {index}"
+            place = f"{name} record {index}"
             try:
                 raw = reader.read()
             except RuntimeError:
                 raise unsound from None
-            text = _text(name, raw)
+            text = _text(place, raw)
             try:
                 record = json.loads(text) if text.lstrip().startswith("{") else None
             except json.JSONDecodeError:
                 record = None
-            yield name, text if record is None else _document(name, record)
+            yield place, text if record is None else _document(place, record)
     finally:
         if reader.ok():  # close() of a reader that failed raises an error of its own
             reader.close()

@@ -1,27 +1,29 @@
 """Token ids of a whole source, on disk: made once, memory-mapped ever after.
 
 The folder's name is a hash of what it follows from (files, kind, size limit, tokenizer, the code that reads), so it
-is never stale; its `fingerprint` is a hash of the ids themselves, by which a resumed run knows its data again.
+is never stale; its `fingerprint` is a hash of the ids themselves, by which a resumed run knows its data again, and
+its `files` say which file changed where it does not.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moe_jax.config import SourceConfig
 from moe_jax.data.chat import render_ids
-from moe_jax.data.sources import Document, document_text, iter_documents, source_files
+from moe_jax.data.sources import Document, Manifest, document_text, iter_documents, source_files
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 
@@ -32,13 +34,14 @@ _CHUNK = 64  # parts encoded at one time: enough for all cores, and memory stays
 @dataclass(frozen=True)
 class TokenizedSource:
     """Documents as ids. `tokens` [T] uint16 or uint32, `trained` bool [T] (chats: what the loss counts; None: all),
-    `offsets` int64 [documents + 1], `num_bytes` of UTF-8 text, `fingerprint` of all of it."""
+    `offsets` int64 [documents + 1], `num_bytes` of UTF-8 text, `fingerprint` of all of it, `files` behind it."""
 
     tokens: np.ndarray
     trained: np.ndarray | None
     offsets: np.ndarray
     num_bytes: int
     fingerprint: str
+    files: Manifest = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -54,20 +57,30 @@ def tokenize_source(
             return _read(Path(folder))  # the mapped files outlive their names
     folder = Path(cache_dir) / _key(source, tokenizer, max_bytes)
     if not folder.exists():
-        aside = Path(f"{folder}.{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)  # a killed run had the same process id
         try:
-            aside.mkdir(parents=True)
-            _write(aside, source, tokenizer, max_bytes)
-            aside.rename(folder)
+            _write_alone(folder, source, tokenizer, max_bytes)
         except OSError as error:
-            if not folder.exists():  # else another process was first, with the same content
-                raise UserError(
-                    f"cannot write tokens to {folder}: {error.strerror}; set data.cache_dir to a folder with room"
-                ) from None
+            raise UserError(
+                f"cannot write tokens to {folder}: {error.strerror}; set data.cache_dir to a folder with room"
+            ) from None
+    return _read(folder)
+
+
+def _write_alone(folder: Path, *what: Any) -> None:
+    """Write the folder aside, then rename it; other processes that want the same one wait for the first."""
+    aside, lock = Path(f"{folder}.part"), Path(f"{folder}.lock")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            if not folder.exists():
+                shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+                aside.mkdir()
+                _write(aside, *what)
+                aside.rename(folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    return _read(folder)
+            lock.unlink(missing_ok=True)
 
 
 def document_ids(document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray | None]:
@@ -112,12 +125,12 @@ def _parts(text: str) -> Iterator[str]:
 
 def _write(folder: Path, source: SourceConfig, tokenizer: Tokenizer, max_bytes: int) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    offsets, num_bytes, digest = [0], 0, hashlib.sha256()
+    offsets, num_bytes, digest, files = [0], 0, hashlib.sha256(), {}
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as masks:
 
         def counted() -> Iterator[Document]:
             nonlocal num_bytes
-            for document in iter_documents(source, max_bytes):
+            for document in iter_documents(source, max_bytes, files):
                 num_bytes += len(document_text(document).encode())
                 yield document
 
@@ -131,7 +144,7 @@ def _write(folder: Path, source: SourceConfig, tokenizer: Tokenizer, max_bytes: 
                 digest.update(piece)
     np.save(folder / "offsets.npy", np.array(offsets, np.int64))
     digest.update(np.array(offsets, np.int64).tobytes())
-    meta = {"dtype": dtype.name, "num_bytes": num_bytes, "fingerprint": digest.hexdigest()}
+    meta = {"dtype": dtype.name, "num_bytes": num_bytes, "fingerprint": digest.hexdigest(), "files": files}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
@@ -144,15 +157,15 @@ def _read(folder: Path) -> TokenizedSource:
         offsets=np.load(folder / "offsets.npy"),
         num_bytes=meta["num_bytes"],
         fingerprint=meta["fingerprint"],
+        files=meta["files"],
     )
 
 
 def _key(source: SourceConfig, tokenizer: Tokenizer, max_bytes: int) -> str:
-    stats = [(str(file), file.stat()) for file in source_files(source.path)]
     code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
     parts = {
         "source": asdict(source) | {"weight": None},
-        "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        "files": [astuple(file) for file in source_files(source.path)],
         "max_bytes": max_bytes,
         "tokenizer": tokenizer.fingerprint,
         "code": hashlib.sha256(b"".join(code)).hexdigest(),

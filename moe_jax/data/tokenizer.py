@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from moe_jax.errors import UserError
-from moe_jax.files import write_bytes
+from moe_jax.files import AnyPath, location, write_bytes
 
 PAD = "<|finetune_right_pad|>"
 BOS = "<|begin_of_text|>"
@@ -95,21 +94,24 @@ class Tokenizer:
         return Tokenizer(backend)
 
     @staticmethod
-    def load(path: str | Path) -> Tokenizer:
+    def load(path: AnyPath) -> Tokenizer:
         """Read a `tokenizer.json`; UserError where it is missing, damaged, or lacks what training needs."""
         try:
-            backend = tokenizers.Tokenizer.from_str(Path(path).read_text("utf-8"))
+            content = location(path).read_bytes()
         except FileNotFoundError:
             raise UserError(
                 f"there is no tokenizer at {path}; train one with 'python -m moe_jax tokenizer'"
             ) from None
-        except OSError as error:
-            raise UserError(f"cannot read the tokenizer at {path}: {error.strerror}") from None
+        except Exception as error:  # gcsfs raises errors of many kinds
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot read the tokenizer at {path}: {reason}") from None
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception for anything it cannot parse
             raise UserError(f"{path} is no sound tokenizer.json ({error}); train or copy it again") from None
         return Tokenizer(backend, str(path))
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write `tokenizer.json`, aside and then renamed."""
         write_bytes(path, self._backend.to_str(pretty=True).encode())
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from moe_jax.data.pipeline import compression_bits_per_byte, heldout_batches, heldout_documents
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.overrides import apply
+from moe_jax.parallel.batches import put_batch
 from moe_jax.parallel.mesh import single_device_mesh
 from moe_jax.train.checkpoint import Checkpoints, checkpoint_path, config_of, restore_model
 from moe_jax.train.state import abstract_state
-from moe_jax.train.step import make_eval_step, put_batch
+from moe_jax.train.step import make_eval_step
 
 
 def evaluate(run_dir: str | Path, overrides: list[str] | None = None) -> dict[str, float | int]:
@@ -22,7 +23,7 @@ def evaluate(run_dir: str | Path, overrides: list[str] | None = None) -> dict[st
     `overrides` applied. Raises UserError for a run without a readable checkpoint or without held-out text.
     """
     path = checkpoint_path(run_dir, None)
-    stored = Checkpoints(run_dir, keep=1).metadata()
+    stored = Checkpoints(run_dir).metadata()
     cfg = apply(config_of(path, stored), overrides or [])
     tokenizer = Tokenizer.load(Path(run_dir) / "tokenizer.json")
     tokenizer.require(cfg.model.vocab_size, stored["tokenizer"])

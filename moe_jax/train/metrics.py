@@ -1,7 +1,8 @@
 """What a run tells: one JSON line a step, TensorBoard, and a progress bar (plain lines where there is no terminal).
 
 The JSON lines are the record. A line is written before the checkpoint of its step, and a resumed run cuts the lines
-past its checkpoint, so that every step stands there exactly once whenever the run is killed.
+past its checkpoint, so that every step stands there exactly once whenever the run is killed. What is no step
+(starts, saves, faults) is history, in a file of its own.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from moe_jax.config import RunConfig
-from moe_jax.files import write_bytes
+from moe_jax.files import LineLog, location, read_lines, write_bytes
 from moe_jax.flops import peak_flops, train_flops_per_token
+from moe_jax.parallel.processes import is_first
 from moe_jax.train.tensorboard import EventFile
 
 _PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
@@ -38,18 +41,26 @@ def load_statistics(counts_LE: np.ndarray) -> tuple[list[float], list[float]]:
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The step lines of a run, in order of the steps."""
-    return [line for line in _read_lines(Path(run_dir) / "metrics.jsonl") if "loss" in line]
+    return read_lines(location(run_dir) / "metrics.jsonl")
 
 
 class Metrics:
-    """The log of one run folder, opened at `step` (the steps already done); closes as a context manager."""
+    """The log of one run folder, opened at `step` (the steps already done); closes as a context manager.
 
-    def __init__(self, run_dir: Path, cfg: RunConfig, step: int, devices: list[jax.Device]) -> None:
-        self._cfg = cfg
+    Only the first process writes. `lost` steps were logged past `step` and stand there no more.
+    """
+
+    def __init__(self, run_dir: epath.Path, cfg: RunConfig, step: int, devices: list[jax.Device]) -> None:
+        self._cfg, self.lost = cfg, 0
+        self._writes = is_first()
+        if not self._writes:
+            return
         path = run_dir / "metrics.jsonl"
-        kept = [line for line in _read_lines(path) if line["step"] <= step]
+        lines = read_lines(path)
+        kept = [line for line in lines if line["step"] <= step]
+        self.lost = max((line["step"] for line in lines), default=step) - step if len(kept) < len(lines) else 0
         write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = path.open("a", buffering=1)
+        self._log = LineLog(path)
         self._board = EventFile(run_dir / "tensorboard", step + 1)
         # Fake CPU devices share one processor, whose peak must count once.
         count = 1 if devices[0].platform == "cpu" else len(devices)
@@ -63,8 +74,14 @@ class Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for part in (self._bar, self._board, self._file):
-            part.close()
+        if self._writes:
+            for part in (self._bar, self._board, self._log):
+                part.close()
+
+    def flush(self) -> None:
+        """Bring what was logged to where it is kept: a checkpoint must not be ahead of the log."""
+        if self._writes:
+            self._log.flush()
 
     def log(self, step: int, values: dict[str, Any], seconds: float, real: int, trained: float) -> None:
         """One step line.
@@ -76,6 +93,8 @@ class Metrics:
             real: tokens per step since the last line, padding left out; they give tokens/s and MFU.
             trained: loss-bearing tokens of all steps since the last line.
         """
+        if not self._writes:
+            return
         speed = real / seconds
         mfu = speed * self._flops / self._peak
         load, entropy = load_statistics(values["counts_LE"])
@@ -88,17 +107,13 @@ class Metrics:
         counts = {}
         if step % self._cfg.checkpoint.every_steps == 0 or step == self._cfg.steps:
             counts["expert_tokens"] = np.asarray(values["counts_LE"]).tolist()  # too long for every line
-        self._file.write(json.dumps(line | counts) + "\n")
+        self._log.write(line | counts)
         points = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
         for name, values_L in line.items():
             if isinstance(values_L, list):
                 points |= {f"{name}/layer_{i:02d}": v for i, v in enumerate(values_L)}
         self._board.scalars(step, points)
         self._show(step, line)
-
-    def event(self, name: str, step: int, **fields: Any) -> None:
-        """A line about the run itself: start, end, non_finite."""
-        self._file.write(json.dumps({"event": name, "step": step, "time": time.time(), **fields}) + "\n")
 
     def _show(self, step: int, line: dict[str, Any]) -> None:
         self._bar.set_postfix(loss=f"{line['loss']:.3f}", tok_s=f"{line['tokens_per_second']:,.0f}", refresh=False)
@@ -117,7 +132,21 @@ class Metrics:
             )
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Whole lines only: a kill may cut the last one."""
-    text = path.read_text() if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+class History:
+    """What happened to a run, start by start (events.jsonl): appended to by the first process, never cut."""
+
+    def __init__(self, run_dir: epath.Path) -> None:
+        self._log = LineLog(run_dir / "events.jsonl") if is_first() else None
+
+    def __enter__(self) -> History:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._log:
+            self._log.close()
+
+    def event(self, name: str, step: int, **fields: Any) -> None:
+        """One line, with the time; it is kept when this returns."""
+        if self._log:
+            self._log.write({"event": name, "step": step, "time": round(time.time(), 3), **fields})
+            self._log.flush()

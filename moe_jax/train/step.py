@@ -11,16 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.config import RunConfig
 from moe_jax.model.attention import Tokens
-from moe_jax.parallel.rules import sharding
+from moe_jax.parallel.batches import Batch
 from moe_jax.train.balance import update_bias
 from moe_jax.train.optimizer import make_optimizer, make_schedule
 from moe_jax.train.state import TrainState, assemble, compute_for, state_shardings
 
-Batch = dict[str, Any]  # tokens, targets, segment_ids, positions int32 [B, S]; loss_mask float32 [B, S]
 Metrics = dict[str, jax.Array]
 
 
@@ -32,12 +31,6 @@ class Loss(NamedTuple):
     aux_loss: jax.Array
     counts_LE: jax.Array
     dropped_L: jax.Array
-
-
-def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """This process's rows as global arrays, cut over the batch axes."""
-    where = sharding(mesh, ("batch", "sequence"))
-    return {k: jax.make_array_from_process_local_data(where, v) for k, v in batch.items()}
 
 
 def _forward(cfg: RunConfig, mesh: Mesh, params: dict, biases: dict, batch: Batch) -> Loss:
@@ -93,13 +86,18 @@ def make_loss_and_grads(cfg: RunConfig, mesh: Mesh) -> Callable[[dict, dict, Bat
 
 
 def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step; the state is donated. Batches come from `put_batch`."""
+    """The jitted step; the state is donated. Batches come from `put_batch`.
+
+    A batch with `votes` (see `put_votes`) gives the metric `vote`: what one process asks for, all learn.
+    """
     optimizer = make_optimizer(cfg.optimizer, cfg.steps, cfg.model)
     schedule = make_schedule(cfg.optimizer, cfg.steps)
     loss_and_grads = make_loss_and_grads(cfg, mesh)
     moe = cfg.model.moe
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = dict(batch)
+        vote = {"vote": batch.pop("votes").max()} if "votes" in batch else {}
         (loss, parts), grads = loss_and_grads(state.params, state.biases, batch)
         moments = state.opt_state
         if cfg.optimizer.offload:
@@ -121,9 +119,11 @@ def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch],
             "counts_LE": parts.counts_LE,
             "dropped_L": parts.dropped_L,
         }
-        return TrainState(state.step + 1, params, biases, opt_state, state.rng), metrics
+        return TrainState(state.step + 1, params, biases, opt_state, state.rng), metrics | vote
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(state_shardings(cfg, mesh), None))
+    # Metrics everywhere: each process reads them.
+    shardings = state_shardings(cfg, mesh), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
 
 
 def make_eval_step(cfg: RunConfig, mesh: Mesh) -> Callable[[dict, dict, Batch], tuple[jax.Array, jax.Array]]:
@@ -132,4 +132,4 @@ def make_eval_step(cfg: RunConfig, mesh: Mesh) -> Callable[[dict, dict, Batch], 
     def evaluate(params: dict, biases: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return _forward(cfg, mesh, params, biases, batch).nll, batch["loss_mask"].sum()
 
-    return jax.jit(evaluate)
+    return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -6,19 +6,29 @@ protocol buffers only the few wire types of scalars are needed.
 
 from __future__ import annotations
 
+import io
 import struct
 import time
-from pathlib import Path
 
+from etils import epath
+
+from moe_jax.files import is_remote, write_bytes
+
+_SECONDS = 60.0  # between two puts of a remote file
 _SESSION_START = b"\x08\x01"  # SessionLog { status: START }
 
 
 class EventFile:
-    """Scalars into a new event file; TensorBoard forgets what older files hold from `first_step` on."""
+    """Scalars into a new event file; TensorBoard forgets what older files hold from `first_step` on.
 
-    def __init__(self, folder: Path, first_step: int) -> None:
+    A bucket cannot be appended to: there the file is put whole, once a minute and when it is closed.
+    """
+
+    def __init__(self, folder: epath.Path, first_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / f"events.out.tfevents.{time.time_ns()}").open("wb")
+        self._path = folder / f"events.out.tfevents.{time.time_ns()}"
+        self._remote, self._put = is_remote(self._path), time.monotonic()
+        self._file = io.BytesIO() if self._remote else open(self._path, "wb")  # noqa: SIM115 (close() closes it)
         self._write(_bytes_field(3, b"brain.Event:2"))
         self._write(b"\x10" + _varint(first_step) + _bytes_field(7, _SESSION_START))
 
@@ -30,10 +40,19 @@ class EventFile:
         )
         self._write(b"\x10" + _varint(step) + _bytes_field(5, summary))
         self._file.flush()
+        if self._remote and time.monotonic() - self._put > _SECONDS:
+            self._send()
 
     def close(self) -> None:
-        """Close the file; every event was flushed already."""
+        """Close the file; on a disk every event was flushed already."""
+        if self._remote:
+            self._send()
         self._file.close()
+
+    def _send(self) -> None:
+        assert isinstance(self._file, io.BytesIO)
+        write_bytes(self._path, self._file.getvalue())
+        self._put = time.monotonic()
 
     def _write(self, fields: bytes) -> None:
         event = b"\x09" + struct.pack("<d", time.time()) + fields

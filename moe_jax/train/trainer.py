@@ -1,76 +1,88 @@
 """One run: a folder, a mesh, data and a state, stepped from wherever its last checkpoint stands to the last step.
 
-Starting, resuming and resuming again are the same call. Whatever kills it, the folder holds a complete checkpoint
-and a log that ends at or after it, and the next call repeats the lost steps bit for bit.
+Starting, resuming and resuming again are the same call, in one process or in many. Whatever kills it, the folder
+holds a complete checkpoint and a log that ends at or after it, and the next call repeats the lost steps bit for
+bit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import importlib.metadata
-import json
-import math
-import platform
-import shutil
-import subprocess
+import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
-from moe_jax.data.pipeline import TrainIterator, make_train_iterator
+from moe_jax.data.pipeline import TrainIterator, heldout_batches, make_train_iterator
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.errors import UserError
-from moe_jax.files import write_bytes, write_json
-from moe_jax.overrides import differences, from_dict, to_dict
+from moe_jax.errors import Preempted, UserError
+from moe_jax.files import AnyPath, is_remote, location
+from moe_jax.overrides import to_dict
+from moe_jax.parallel.batches import put_batch, put_everywhere, put_votes, share_of_batch
 from moe_jax.parallel.mesh import make_mesh
-from moe_jax.train.checkpoint import Checkpoints, complete_steps, restore_model
-from moe_jax.train.metrics import Metrics
+from moe_jax.parallel.processes import barrier, is_first
+from moe_jax.run_lock import exclusive
+from moe_jax.train.checkpoint import Checkpoints, complete_steps, final_step, restore_model
+from moe_jax.train.goodput import Goodput
+from moe_jax.train.guard import BadStep, LossGuard
+from moe_jax.train.metrics import History, Metrics
+from moe_jax.train.run_folder import changed_options, describe_run, listed
 from moe_jax.train.state import TrainState, abstract_state, init_state
-from moe_jax.train.step import make_train_step, put_batch
+from moe_jax.train.step import make_eval_step, make_train_step
+from moe_jax.train.watch import StopRequest, Watchdog
 
-# What a resumed run may change: none of it alters a batch or the update (a mesh only reassociates sums).
-_MAY_CHANGE = ("mesh.", "checkpoint.", "log_every", "init_from", "data.tokenizer", "data.cache_dir")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+# What a process asks of all, by a vote that travels with a step; the highest counts.
+_SAVE, _STOP = 1, 2
 
 
-def fit(cfg: RunConfig, run_dir: str | Path, devices: Sequence[jax.Device] | None = None) -> Path:
-    """Train to `cfg.steps` in `run_dir`, from the last checkpoint there if it has one; the run folder.
+def fit(
+    cfg: RunConfig, run_dir: AnyPath, devices: Sequence[jax.Device] | None = None, *, new_data: bool = False
+) -> epath.Path:
+    """Train to `cfg.steps` in `run_dir`, from the last sound checkpoint there if it has one; the run folder.
 
-    The mesh spans `devices`, by default all of them.
+    The mesh spans `devices`, by default all of them. Every process of a run calls this alike. With `new_data`,
+    files and mixture may differ from what the checkpoint was trained on.
 
     Raises:
-        UserError: a folder that is no run or holds another config, unusable data, mesh or tokenizer, a checkpoint
-            that does not fit, a save that failed, or a non-finite loss; complete checkpoints stay as they were.
+        UserError: a folder that is no run, in use or of another config, unusable data, mesh or tokenizer, a
+            checkpoint that does not fit, a save that failed, or a bad step; complete checkpoints stay as they were.
+        Preempted: SIGTERM or SIGINT came; the step reached is saved.
     """
-    run_dir = Path(run_dir).absolute()
-    _check_folder(cfg, run_dir)
+    goodput, run_dir = Goodput(), location(run_dir)
+    changes = changed_options(cfg, run_dir, new_data) if is_first() else {}
     tokenizer = Tokenizer.load(cfg.data.tokenizer)
     tokenizer.require(cfg.model.vocab_size)
     mesh = make_mesh(cfg.mesh, devices)
-    data = make_train_iterator(cfg.data, tokenizer)
-    with _locked(run_dir):
-        checkpoints = Checkpoints(run_dir, cfg.checkpoint.keep)
-        checkpoints.clean()
-        state, step = _first_state(cfg, mesh, tokenizer, checkpoints, data)
-        _describe_run(cfg, run_dir, tokenizer, mesh)
-        with Metrics(run_dir, cfg, step, list(mesh.devices.flat)) as metrics:
-            metrics.event("start", step, data=data.stats)
-            _loop(cfg, mesh, state, step, data, checkpoints, metrics, tokenizer.fingerprint)
-            metrics.event("end", cfg.steps)
+    index, count = share_of_batch(mesh)
+    with goodput.spent("data"):
+        data = make_train_iterator(cfg.data, tokenizer, process_index=index, process_count=count)
+    with contextlib.ExitStack() as stack:
+        still_ours = stack.enter_context(exclusive(run_dir)) if is_first() else _nothing
+        history = stack.enter_context(History(run_dir))
+        dump = None if is_remote(run_dir) else Path(run_dir) / f"hang-{jax.process_index()}.txt"
+        stop = stack.enter_context(StopRequest())
+        dog = stack.enter_context(Watchdog(cfg.guard.hang_minutes, dump))
+        _Trainer(cfg, run_dir, mesh, tokenizer, data, history, goodput, stop, dog, still_ours, new_data).run(
+            changes
+        )
     return run_dir
 
 
-def is_complete(cfg: RunConfig, run_dir: str | Path) -> bool:
+def _nothing() -> None:
+    """What a process without the lease has to check."""
+
+
+def is_complete(cfg: RunConfig, run_dir: AnyPath) -> bool:
     """Whether the run folder holds the checkpoint of this config's last step; UserError if it is another run's."""
-    _check_folder(cfg, Path(run_dir).absolute())
+    changed_options(cfg, location(run_dir))
     return complete_steps(run_dir)[-1:] == [cfg.steps]
 
 
@@ -80,154 +92,245 @@ class _Pending:
 
     step: int
     metrics: dict[str, jax.Array]
-    batch: Any  # the data position that yields this batch
-    real: int
+    batch: int  # the number of its batch
+    real: int  # tokens, padding left out
 
 
-def _loop(
-    cfg: RunConfig,
-    mesh: Mesh,
-    state: TrainState,
-    start: int,
-    data: TrainIterator,
-    checkpoints: Checkpoints,
-    metrics: Metrics,
-    fingerprint: str,
-) -> None:
-    train_step: Any = make_train_step(cfg, mesh)
-    clock, steps, real, trained = time.perf_counter(), 0, 0, 0.0
-    pending: _Pending | None = None
+@dataclass
+class _Trainer:
+    cfg: RunConfig
+    run_dir: epath.Path
+    mesh: Mesh
+    tokenizer: Tokenizer
+    data: TrainIterator
+    history: History
+    goodput: Goodput
+    stop: StopRequest
+    dog: Watchdog
+    still_ours: Callable[[], None]  # raises where another run took the folder's lease
+    new_data: bool
 
-    def settle() -> None:
-        """Wait for the pending step, stop if it is not finite, log it where it is due."""
-        nonlocal clock, steps, real, trained, pending
-        if pending is None:
-            return
-        done, pending = pending, None
-        values = jax.device_get(done.metrics)
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            _stop(done, values, checkpoints, metrics)
-        steps, real, trained = steps + 1, real + done.real, trained + float(values["tokens"])
-        if done.step % cfg.log_every == 0 or _saves(cfg, done.step):
-            now = time.perf_counter()
-            metrics.log(done.step, values, (now - clock) / steps, real // steps, trained)
-            clock, steps, real, trained = now, 0, 0, 0.0
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(self.run_dir, self.cfg.checkpoint)
+        self.guard = LossGuard(self.cfg.guard)
+        self.train_step: Any = None  # compiled at the first step
+        self.state: TrainState | None = None
+        self.pending: _Pending | None = None
+        self.skipped: list[int] = []  # batches, by this process's life
+        self.fresh = {"data": self.data.get_state(), "recent_losses": []}
 
-    for step in range(start + 1, cfg.steps + 1):
-        position = data.get_state()["position"]
-        batch = next(data)
-        arrays = put_batch(batch, mesh)
-        if step == start + 1:  # compiled apart, so that no step's time holds it
-            train_step = train_step.lower(state, arrays).compile()
-            metrics.event("compiled", start, seconds=time.perf_counter() - clock)
-            clock = time.perf_counter()
-        state, values = train_step(state, arrays)
-        settle()
-        pending = _Pending(step, values, position, int((batch["segment_ids"] > 0).sum()))
-        if _saves(cfg, step):
-            settle()  # before the save: a checkpoint never holds a step that is not finite or not logged
-            stored = {"config": to_dict(cfg), "data": data.get_state(), "tokenizer": fingerprint}
-            checkpoints.save(step, state, stored)
-        checkpoints.check()
-    checkpoints.wait()
+    def run(self, changes: dict[str, tuple[Any, Any]]) -> None:
+        """Train to the last step, going back and past bad batches where the config says so."""
+        self.checkpoints.clean()
+        step = self._restore()
+        if is_first():
+            describe_run(self.cfg, self.run_dir, self.tokenizer, self.mesh)
+        if changes:
+            print(f"going on from step {step} with other options: {listed(changes)}", file=sys.stderr, flush=True)
+            self.history.event("config_changed", step, changes={k: list(v) for k, v in changes.items()})
+        while True:
+            with Metrics(self.run_dir, self.cfg, step, list(self.mesh.devices.flat)) as metrics:
+                self.history.event(
+                    "start", step, processes=jax.process_count(), devices=self.mesh.size,
+                    mesh=dict(self.mesh.shape), restored=step or None, lost=metrics.lost, data=self.data.stats,
+                )  # fmt: skip
+                with self.goodput.spent("step"):
+                    bad = self._train(step, metrics)
+            if bad is None:
+                break
+            step = self._go_back(bad)
+        with self.goodput.spent("save"):
+            self.checkpoints.wait()
+        self._tell_goodput(self.cfg.steps)
+        self.history.event("end", self.cfg.steps)
+        barrier("end")
 
+    def _restore(self) -> int:
+        """Set state, data and guard to the last sound checkpoint or to the start; the step reached."""
+        cfg, seen = self.cfg, len(self.checkpoints.set_aside)
+        with self.goodput.spent("restore"):
+            found = self.checkpoints.restore_latest(abstract_state(cfg, self.mesh))
+            for damage in self.checkpoints.set_aside[seen:]:
+                print(
+                    "checkpoint {path} is damaged ({reason}); it is now {moved_to}".format(**damage),
+                    file=sys.stderr,
+                )
+                self.history.event("damaged", found[2] if found else 0, **damage)
+            if found is None:
+                self.state, step, stored = self._first_state(), 0, self.fresh
+            else:
+                self.state, stored, step = found
+                self.tokenizer.require(cfg.model.vocab_size, stored["tokenizer"])
+            if step > cfg.steps:
+                raise UserError(f"{self.run_dir} is at step {step}, past steps={cfg.steps}; raise steps")
+            if changed := self.data.set_state(stored["data"], self.new_data):
+                print(
+                    f"going on from step {step} with other data: {'; '.join(changed)}", file=sys.stderr, flush=True
+                )
+                self.history.event("data_changed", step, changes=changed)
+            self.guard.reset(stored["recent_losses"])
+            jax.block_until_ready(self.state)
+        self.dog.beat(f"step {step + 1}")
+        return step
 
-def _saves(cfg: RunConfig, step: int) -> bool:
-    return step % cfg.checkpoint.every_steps == 0 or step == cfg.steps
+    def _first_state(self) -> TrainState:
+        cfg = self.cfg
+        if not cfg.init_from:
+            return init_state(cfg, self.mesh)
+        step = final_step(cfg.init_from)
+        stored = Checkpoints(cfg.init_from, cfg.checkpoint).metadata(step)
+        self.tokenizer.require(cfg.model.vocab_size, stored["tokenizer"])
+        params, biases = restore_model(cfg.init_from, abstract_state(cfg, self.mesh), step)
+        return replace(init_state(cfg, self.mesh), params=params, biases=biases)
 
-
-def _stop(done: _Pending, values: dict, checkpoints: Checkpoints, metrics: Metrics) -> NoReturn:
-    name = "grad_norm" if math.isfinite(values["loss"]) else "loss"
-    value = float(values[name])
-    metrics.event("non_finite", done.step, quantity=name, value=str(value), batch=done.batch)
-    checkpoints.wait()
-    steps = complete_steps(checkpoints.run_dir)
-    last = f"step {steps[-1]} stays the last checkpoint" if steps else "there is no checkpoint yet"
-    raise UserError(
-        f"{name} is {value} at step {done.step} on the batch at data position {json.dumps(done.batch)}; "
-        f"{last}: look at the batch with 'python -m moe_jax batch', or lower optimizer.learning_rate"
-    )
-
-
-def _check_folder(cfg: RunConfig, run_dir: Path) -> None:
-    """Refuse a folder that is not this run's; nothing is written."""
-    path = run_dir / "config.json"
-    if not path.is_file():
-        if run_dir.exists() and (not run_dir.is_dir() or any(_visible(run_dir))):
-            raise UserError(f"{run_dir} exists and is no run folder; name another with --run")
-        return
-    try:
-        stored = from_dict(RunConfig, json.loads(path.read_text()))
-    except (ValueError, UserError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name another folder with --run") from None
-    changed = differences(stored, cfg)
-    refused = {k: v for k, v in changed.items() if not k.startswith(_MAY_CHANGE)}
-    if refused:
-        listed = "; ".join(f"{name} was {a!r}, is {b!r}" for name, (a, b) in refused.items())
-        raise UserError(f"{run_dir} holds another run: {listed}; restore the options or name another folder")
-
-
-def _visible(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-@contextlib.contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """One trainer a folder: a second one would remove the first one's save under way. A kill releases the lock."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{run_dir} is in use by another run; wait for it or stop it") from None
-        yield
-
-
-def _first_state(
-    cfg: RunConfig, mesh: Mesh, tokenizer: Tokenizer, checkpoints: Checkpoints, data: TrainIterator
-) -> tuple[TrainState, int]:
-    """The state to go on from and its step; `data` is moved to it."""
-    vocab = cfg.model.vocab_size
-    if steps := complete_steps(checkpoints.run_dir):
-        state, stored = checkpoints.restore(abstract_state(cfg, mesh))
-        tokenizer.require(vocab, stored["tokenizer"])
-        data.set_state(stored["data"])
-        return state, steps[-1]
-    if not cfg.init_from:
-        return init_state(cfg, mesh), 0
-    previous = Checkpoints(cfg.init_from, keep=1)
-    stored = previous.metadata()
-    tokenizer.require(vocab, stored["tokenizer"])
-    last, wanted = complete_steps(cfg.init_from)[-1], stored["config"]["steps"]
-    if last != wanted:
-        raise UserError(f"init_from {cfg.init_from} stopped at step {last} of {wanted}; finish it first")
-    params, biases = restore_model(cfg.init_from, abstract_state(cfg, mesh))
-    return replace(init_state(cfg, mesh), params=params, biases=biases), 0
-
-
-def _describe_run(cfg: RunConfig, run_dir: Path, tokenizer: Tokenizer, mesh: Mesh) -> None:
-    """Write what the run is. config.json comes first: by it a killed start is known as this run."""
-    write_json(run_dir / "config.json", to_dict(cfg))
-    if Path(cfg.data.tokenizer).absolute() != run_dir / "tokenizer.json":
-        write_bytes(run_dir / "tokenizer.json", Path(cfg.data.tokenizer).read_bytes())
-    device = mesh.devices.flat[0]
-    environment = {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "devices": f"{mesh.devices.size} x {device.device_kind}",
-        "mesh": dict(mesh.shape),
-        "git": _git_commit(),
-        "command": sys.argv,
-    }
-    write_json(run_dir / "environment.json", environment)
-
-
-def _git_commit() -> str | None:
-    """The commit of this code, with `-dirty` where it was changed; None outside a repository."""
-    git = shutil.which("git")
-    if git is None:
+    def _train(self, start: int, metrics: Metrics) -> BadStep | None:
+        """Step from `start` to the end, or to a bad step."""
+        cfg, clock, several = self.cfg, _Clock(), jax.process_count() > 1
+        self.saved = time.monotonic()
+        for step in range(start + 1, cfg.steps + 1):
+            with self.goodput.spent("data"):
+                number, batch = self.data.batch_number, next(self.data)
+                arrays = put_batch(batch, self.mesh)
+            if several:
+                arrays["votes"] = put_votes(self.mesh, self._vote())
+            if self.train_step is None:
+                self._compile(step, arrays)
+                clock = _Clock()
+            self.state, values = self.train_step(self.state, arrays)
+            bad, vote_of_all = self._settle(metrics, clock)
+            if bad:
+                return bad
+            self.pending = _Pending(step, values, number, int((batch["segment_ids"] > 0).sum()))
+            if self._saves(step) or vote_of_all:
+                # Settled first: a checkpoint never holds a step that is bad or not logged.
+                bad, _ = self._settle(metrics, clock)
+                if bad:
+                    return bad
+                metrics.flush()
+                self._save(step, wait=vote_of_all == _STOP)
+                if vote_of_all == _STOP:
+                    raise Preempted(
+                        f"{self.stop.name or 'another process'}: step {step} is saved in {self.run_dir}"
+                    )
+            self.checkpoints.check()
         return None
-    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+
+    def _settle(self, metrics: Metrics, clock: _Clock) -> tuple[BadStep | None, int]:
+        """Wait for the pending step and log it where it is due: (what was wrong with it, what all voted)."""
+        done, self.pending = self.pending, None
+        if done is None:
+            return None, 0
+        values = jax.device_get(done.metrics)
+        self.dog.beat(f"step {done.step + 1}")
+        vote = int(values.pop("vote")) if "vote" in values else self._vote()
+        bad = self.guard.check(done.step, float(values["loss"]), float(values["grad_norm"]), done.batch)
+        if bad is None:
+            clock.add(done.real, float(values["tokens"]))
+            if done.step % self.cfg.log_every == 0 or self._saves(done.step):
+                metrics.log(done.step, values, *clock.lap())
+        return bad, vote
+
+    def _vote(self) -> int:
+        if self.stop.name:
+            return _STOP
+        minutes = self.cfg.checkpoint.every_minutes
+        return _SAVE if minutes and is_first() and time.monotonic() - self.saved > 60 * minutes else 0
+
+    def _saves(self, step: int) -> bool:
+        return step % self.cfg.checkpoint.every_steps == 0 or step == self.cfg.steps
+
+    def _compile(self, step: int, arrays: dict[str, jax.Array]) -> None:
+        begin = time.perf_counter()
+        self.dog.beat("compiling")
+        with self.goodput.spent("compile"):  # apart, so that no step's time holds it
+            step_function = make_train_step(self.cfg, self.mesh)
+            self.train_step = step_function.lower(self.state, arrays).compile()
+        self.history.event("compiled", step - 1, seconds=round(time.perf_counter() - begin, 3))
+        self.dog.beat(f"step {step}")
+
+    def _save(self, step: int, wait: bool) -> None:
+        begin = time.perf_counter()
+        self.still_ours()
+        with self.goodput.spent("save"):
+            heldout = self._heldout_loss() if self.cfg.checkpoint.keep_best else None
+            stored = {
+                "config": to_dict(self.cfg),
+                "data": self.data.get_state(),
+                "tokenizer": self.tokenizer.fingerprint,
+                "recent_losses": self.guard.recent,
+            }
+            final = step == self.cfg.steps
+            self.checkpoints.save(step, self.state, stored, final=final, heldout_loss=heldout)
+            if wait:
+                self.checkpoints.wait()
+        self.saved = time.monotonic()
+        self.dog.beat(f"step {step + 1}")
+        blocked = round(time.perf_counter() - begin, 3)
+        self.history.event("saved", step, blocked=blocked, heldout_loss=heldout)
+        self._tell_goodput(step)
+        if wait:
+            self.history.event("preempted", step, signal=self.stop.name)
+
+    def _tell_goodput(self, step: int) -> None:
+        self.history.event("goodput", step, seconds=self.goodput.seconds)
+
+    def _heldout_loss(self) -> float:
+        """Nats per token on the first batches of data.heldout."""
+        assert self.state is not None
+        if not hasattr(self, "eval_step"):
+            self.eval_step = make_eval_step(self.cfg, self.mesh)
+        nats = tokens = 0.0
+        batches = heldout_batches(self.cfg.data, self.tokenizer)
+        for batch in itertools.islice(batches, self.cfg.checkpoint.heldout_batches):
+            arrays = put_everywhere(batch, self.mesh)
+            nll, count = jax.device_get(self.eval_step(self.state.params, self.state.biases, arrays))
+            nats, tokens = nats + float(nll), tokens + float(count)
+        return nats / max(tokens, 1.0)
+
+    def _go_back(self, bad: BadStep) -> int:
+        """Restore the last sound checkpoint and skip the batch, or stop; the step restored."""
+        guard = self.cfg.guard
+        self.pending = self.state = None  # before its successor is read: memory holds one
+        skipped = {*self.data.get_state()["skipped"], *self.skipped}
+        goes_on = guard.on_bad_step == "skip" and len(skipped) < guard.max_skipped and bad.batch not in skipped
+        action = "skip" if goes_on else "stop"
+        self.history.event(
+            "bad_step", bad.step, quantity=bad.quantity, value=str(bad.value), batch=bad.batch, action=action
+        )
+        with self.goodput.spent("save"):
+            self.checkpoints.wait()
+        sentence = f"{bad.quantity} is {bad.value} at step {bad.step} on batch {bad.batch}"
+        steps = complete_steps(self.run_dir)
+        last = f"step {steps[-1]} stays the last checkpoint" if steps else "there is no checkpoint yet"
+        if not goes_on:
+            many = f"; {len(skipped)} batches were skipped before (guard.max_skipped)" if skipped else ""
+            raise UserError(
+                f"{sentence}{many}; {last}: look at it with 'python -m moe_jax batch "
+                f"{self.run_dir / 'config.json'} --batch {bad.batch}', lower optimizer.learning_rate, "
+                "or set guard.on_bad_step=skip"
+            )
+        self.skipped.append(bad.batch)
+        step = self._restore()
+        for number in self.skipped:
+            self.data.skip(number)
+        print(f"{sentence}: back to step {step}, past that batch", file=sys.stderr, flush=True)
+        self.history.event("rolled_back", bad.step, to=step)
+        return step
+
+
+class _Clock:
+    """Wall time, steps and tokens since the last line of the log."""
+
+    def __init__(self) -> None:
+        self._since, self._steps, self._real, self._trained = time.perf_counter(), 0, 0, 0.0
+
+    def add(self, real: int, trained: float) -> None:
+        """One more step."""
+        self._steps, self._real, self._trained = self._steps + 1, self._real + real, self._trained + trained
+
+    def lap(self) -> tuple[float, int, float]:
+        """(seconds and real tokens per step, trained tokens of all), and start anew."""
+        now = time.perf_counter()
+        seconds, real, trained = (now - self._since) / self._steps, self._real // self._steps, self._trained
+        self._since, self._steps, self._real, self._trained = now, 0, 0, 0.0
+        return seconds, real, trained

@@ -27,10 +27,11 @@ import torch
 import transformers
 
 from moe_jax.config import DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, RopeConfig, RunConfig
+from moe_jax.parallel.batches import put_batch
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.paths import flatten_paths
 from moe_jax.train.state import TrainState, init_state
-from moe_jax.train.step import make_train_step, put_batch
+from moe_jax.train.step import make_train_step
 
 # MobileMoE's proportions at a third of its width, and what Qwen3-MoE has not switched off.
 MODEL = ModelConfig(

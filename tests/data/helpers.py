@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -39,3 +42,15 @@ def write(folder: Path, kind: str, field: str, values: list) -> str:
     else:
         write_records(path, [json.dumps(row).encode() for row in rows])
     return str(path)
+
+
+def take(iterator: Iterator[dict], count: int) -> list[dict]:
+    return list(islice(iterator, count))
+
+
+def same(left: list[dict], right: list[dict]) -> bool:
+    """Whether two lists of batches are equal."""
+    return len(left) == len(right) and all(
+        a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+        for a, b in zip(left, right, strict=True)
+    )

@@ -32,7 +32,7 @@ for step in range(1, last + 1):
     if step % 10 == 0:
         folder = run / "checkpoints" / str(step)
         folder.mkdir(parents=True)
-        (folder / "commit_success.txt").touch()
+        (folder / "checksums.json").touch()
     time.sleep(0.01)
 """
 
@@ -59,7 +59,7 @@ def test_kill_waits_for_step_and_checkpoint(tmp_path):
     command = [sys.executable, "-c", CHILD, str(run), "5000"]
     killed = run_and_kill(command, run, 20, 24, dict(os.environ))
     assert killed >= 24
-    assert (run / "checkpoints/20/commit_success.txt").is_file()
+    assert (run / "checkpoints/20/checksums.json").is_file()
     assert killed == len((run / "metrics.jsonl").read_text().splitlines())
 
 

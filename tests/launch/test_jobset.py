@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.jobset import manifest, render
-from moe_jax.errors import UserError
+from launch.record import read_record
+from moe_jax.errors import HUNG, UserError
 from tests.launch.pod_jobs import NASTY, TOPOLOGIES, calls, expanded, fake_tools, job, run
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ GKE = [
     "--slices",
     "2",
     "--bucket",
-    "gs://b",
+    "gs://bucket",
     "--image",
     "IMAGE",
 ]
@@ -152,7 +153,7 @@ def test_preemption_never_eats_restarts_and_a_wrong_configuration_ends_the_job()
     assert policy["maxRestarts"] == 7 and policy["restartStrategy"] == "BlockingRecreate"
     assert decide(found, 75) == decide(found, 137, disrupted=True) == "RestartJobSetAndIgnoreMaxRestarts"
     assert decide(found, 2) == "FailJobSet"
-    assert [decide(found, status) for status in (1, 134, 137, 22, 200)] == ["RestartJobSet"] * 5
+    assert [decide(found, status) for status in (1, 134, 137, 22, 200, HUNG)] == ["RestartJobSet"] * 6
 
 
 def test_spot_reservation_account_and_grace_reach_the_pod():
@@ -204,21 +205,23 @@ def test_texts_that_some_yaml_readers_take_for_numbers_are_quoted(text):
 def test_gke_prints_the_manifest_and_nothing_else(capfd):
     assert run(*GKE) == 0
     out, err = capfd.readouterr()
-    assert yaml.safe_load(out) == manifest(job(slices=2, image="IMAGE"))
+    assert yaml.safe_load(out) == manifest(job(slices=2, image="IMAGE", bucket="gs://bucket"))
     assert "512 chips on 128 hosts" in err and "node-pools create" in err and "docker build" in err
 
 
-def test_submit_hands_kubectl_what_was_printed_and_keeps_standard_output_clean(tmp_path, monkeypatch, capfd):
-    log = fake_tools(tmp_path / "bin", monkeypatch, "kubectl", "gcloud")
+def test_submit_hands_kubectl_what_was_printed_and_keeps_standard_output_clean(
+    tmp_path, monkeypatch, capfd, bucket
+):
+    log = fake_tools(tmp_path / "bin", monkeypatch, "kubectl")
     assert run(*GKE, "--submit") == 0
     out = capfd.readouterr().out
-    record, apply = calls(log)
+    (apply,) = calls(log)
     assert apply["words"] == ["apply", "-f", "-"] and apply["stdin"] == out and yaml.safe_load(out)
-    assert record["words"] == ["storage", "cp", "-", "gs://b/mobilemoe-s/launch.json"]
+    assert read_record(f"{bucket}/mobilemoe-s")["launcher"] == "gke"
 
 
 def test_submit_without_the_tool_names_it_and_starts_nothing(tmp_path, monkeypatch, capfd):
-    log = fake_tools(tmp_path / "bin", monkeypatch, "gcloud")
+    log = fake_tools(tmp_path / "bin", monkeypatch)
     assert run(*GKE, "--submit") == 2
     assert "kubectl is not on PATH" in capfd.readouterr().err and not log.exists()
 
@@ -251,12 +254,12 @@ def test_the_longest_pod_name_still_is_a_host_name():
 
 
 def test_a_job_that_does_not_fit_is_refused_before_anything_is_printed_and_one_that_fits_is_priced(capfd):
-    def too_big(cfg, kind, slices):
+    def too_big(cfg, kind, slices, which):
         raise UserError(f"{cfg.stage} does not fit {kind.topology} x {slices}; take a larger topology")
 
     assert run(*GKE, check_fit=too_big) == 2
     assert capfd.readouterr() == ("", "error: pretrain does not fit 16x16 x 2; take a larger topology\n")
-    assert run(*GKE, "--env", "A=b", check_fit=lambda cfg, kind, slices: 1e4) == 0
+    assert run(*GKE, "--env", "A=b", check_fit=lambda *_: 1e4) == 0
     assert "pretrain: about 166,667 chip-hours" in capfd.readouterr().err
 
 

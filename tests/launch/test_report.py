@@ -107,7 +107,7 @@ def test_model_without_experts_still_has_a_report(result, curves):
 def test_report_has_the_promised_keys(result, curves, tmp_path):
     for stage, lines in curves.items():
         (tmp_path / stage).mkdir()
-        text = "".join(json.dumps(line) + "\n" for line in [{"event": "start", "step": 0}, *lines])
+        text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / stage / "metrics.jsonl").write_text(text + '{"step": 11, "lo')  # cut by a kill
     parts: dict[str, dict[str, Any]] = {name: {"seconds": 1.0} for name in result["parts_seconds"]}
     parts["sft"] |= {"killed_at": [3, 7], "resumed_from": [2, 6]}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from launch.xpk import command_line, inner_command, render
 from tests.launch.pod_jobs import NASTY, calls, expanded, fake_tools, job, run
 
-XPK = ["xpk", "mobilemoe_s", "--topology", "v5e-256", "--slices", "2", "--bucket", "gs://b", "--image", "i"]
+XPK = ["xpk", "mobilemoe_s", "--topology", "v5e-256", "--slices", "2", "--bucket", "gs://bucket", "--image", "i"]
 
 
 @settings(max_examples=100, deadline=None)
@@ -48,16 +48,16 @@ def test_the_line_says_what_the_manifest_says():
     assert words[:3] == ["xpk", "workload", "create"]
     assert {
         "--cluster=pool", "--workload=mobilemoe-s", "--num-slices=2", "--max-restarts=4", "--spot",
-        "--termination-grace-period-seconds=60", "--restart-on-exit-codes=1,75", "--env=JAX_PLATFORMS=tpu,cpu",
+        "--termination-grace-period-seconds=60", "--restart-on-exit-codes=1,75,86", "--env=JAX_PLATFORMS=tpu,cpu",
     } < set(words)  # fmt: skip
     assert "--command=python -m moe_jax train mobilemoe_s seed=3 mesh.slices=2 --run gs://b/mobilemoe-s" in words
     assert shlex.split(render(job("xpk", slices=2))) == command_line(job("xpk", slices=2))
 
 
-def test_submit_runs_what_is_printed_and_names_a_missing_tool(tmp_path, monkeypatch, capfd):
+def test_submit_runs_what_is_printed_and_names_a_missing_tool(tmp_path, monkeypatch, capfd, bucket):
     assert run(*XPK) == 2
     assert "add --cluster" in capfd.readouterr().err
-    log = fake_tools(tmp_path / "bin", monkeypatch, "xpk", "gcloud")
+    log = fake_tools(tmp_path / "bin", monkeypatch, "xpk")
     assert run(*XPK, "--cluster", "c", "--submit") == 0
     assert ["xpk", *calls(log)[-1]["words"]] == shlex.split(capfd.readouterr().out)
     monkeypatch.setenv("PATH", "")
@@ -65,7 +65,11 @@ def test_submit_runs_what_is_printed_and_names_a_missing_tool(tmp_path, monkeypa
     assert "xpk is not on PATH" in capfd.readouterr().err
 
 
-def test_without_gcloud_a_job_starts_all_the_same_and_the_missing_record_is_said(tmp_path, monkeypatch, capfd):
+def test_where_the_bucket_cannot_be_written_a_job_starts_all_the_same_and_that_is_said(
+    tmp_path, monkeypatch, capfd, bucket
+):
     log = fake_tools(tmp_path / "bin", monkeypatch, "xpk")
-    assert run(*XPK, "--cluster", "c", "--submit") == 0
-    assert "launch.json was not written" in capfd.readouterr().err and len(calls(log)) == 1
+    words = [word.replace(bucket, "gs://no-such-bucket") for word in XPK]
+    assert run(*words, "--cluster", "c", "--submit") == 0
+    error = capfd.readouterr().err
+    assert "launch.json was not written" in error and "Traceback" not in error and len(calls(log)) == 1

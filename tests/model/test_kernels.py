@@ -9,8 +9,9 @@ from jax.experimental import pallas as pl
 from moe_jax.config import DataConfig, MeshConfig
 from moe_jax.model import attention, moe, transformer
 from moe_jax.parallel import vocabulary
+from moe_jax.parallel.batches import put_batch
 from moe_jax.paths import flatten_paths
-from moe_jax.train.step import make_loss_and_grads, put_batch
+from moe_jax.train.step import make_loss_and_grads
 from tests.tiny import batch, fresh_state, mesh_of, quick, run_config, with_moe
 
 MODEL = replace(with_moe(num_experts=4), max_position_embeddings=256)

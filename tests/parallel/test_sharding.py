@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from moe_jax.config import MeshConfig, QuantConfig
+from moe_jax.parallel.batches import put_batch
 from moe_jax.paths import flatten_paths
 from moe_jax.train.state import abstract_state
-from moe_jax.train.step import make_loss_and_grads, make_train_step, put_batch
+from moe_jax.train.step import make_loss_and_grads, make_train_step
 from tests.tiny import DENSE, MOE, batch, fresh_state, mesh_of, quick, run_config, with_moe
 
 

@@ -32,7 +32,7 @@ class Tiny:
         return apply(self.cfg, list(overrides))
 
     def fit(self, run: Path, *overrides: str) -> Path:
-        return fit(self.variant(*overrides), run, jax.devices()[:1])
+        return Path(fit(self.variant(*overrides), run, jax.devices()[:1]))
 
 
 def write_corpus(path: Path, seed: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import resource
+import re
 import shutil
-import time
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.config import CheckpointConfig
 from moe_jax.errors import UserError
+from moe_jax.files import location
 from moe_jax.model.describe import describe
 from moe_jax.overrides import to_dict
 from moe_jax.parallel.mesh import single_device_mesh
-from moe_jax.train.checkpoint import Checkpoints, complete_steps, load_parameters
+from moe_jax.train import checkpoint
+from moe_jax.train.checkpoint import Checkpoints, complete_steps, final_step, health, load_parameters
+from moe_jax.train.checksums import Record, digest, file_sizes, write_record
 from moe_jax.train.state import abstract_state, init_state
 
 
@@ -39,11 +44,32 @@ def largest(folder: Path) -> Path:
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
+def truncate(path: Path) -> str:
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:100])
+    return f"{path.name} has 100 bytes instead of {size}"
+
+
+def delete(path: Path) -> str:
+    path.unlink()
+    return f"{path.name} is missing"
+
+
+def flip(path: Path) -> str:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return rf"{path.name} is not what was written \(checksum\)"
+
+
+DAMAGES = {"truncated": truncate, "deleted": delete, "flipped": flip}
+
+
 def test_every_leaf_returns_bit_for_bit_and_the_donated_state_is_safe(tiny, state, tmp_path):
     kept = jax.tree.map(np.asarray, jax.tree.leaves(state.params))
     stored = {"config": to_dict(tiny.cfg), "data": {"position": {"next_index": 3}}}
     copy = jax.tree.map(lambda leaf: leaf.copy(), state)
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2))
     checkpoints.save(3, copy, stored)
     add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     jax.block_until_ready(add(copy.params))  # what the next step does while the save is under way
@@ -83,41 +109,98 @@ def test_leaves_that_do_not_fit_are_named(tiny, run, override, names):
     abstract = abstract_state(tiny.variant(override), single_device_mesh())
     before = files(run)
     with pytest.raises(UserError) as caught:
-        Checkpoints(run, 2).restore(abstract)
+        Checkpoints(run).restore(abstract)
     assert all(name in str(caught.value) for name in names)
     assert files(run) == before
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete"])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(run, damage):
-    target = largest(run / "checkpoints/12")
-    if damage == "delete":
-        target.unlink()
-    else:
-        target.write_bytes(target.read_bytes()[:100])
-    with pytest.raises(UserError, match=rf"{target.name}.*remove it to fall back to step 8"):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_parameters_are_refused_and_the_one_before_named(run, damage):
+    reason = DAMAGES[damage](largest(run / "checkpoints/12/model"))
+    with pytest.raises(UserError, match=rf"{reason}.*remove it to fall back to step 8"):
         load_parameters(run)
     assert load_parameters(run, 8)
 
 
-def test_damage_is_found_without_the_list_of_sizes(run):
-    (run / "checkpoints/12/sizes.json").unlink()
-    largest(run / "checkpoints/12/model").write_bytes(b"")
-    with pytest.raises(UserError, match="truncated or damaged"):
-        load_parameters(run)
+def test_parameters_are_read_from_a_checkpoint_whose_moments_are_damaged(run, finished):
+    flip(largest(run / "checkpoints/12/optimizer"))
+    theirs = load_parameters(finished)[1]
+    assert all((leaf == theirs[name]).all() for name, leaf in load_parameters(run)[1].items())
 
 
-def test_half_written_folders_do_not_count(run):
-    (run / "checkpoints/12/commit_success.txt").unlink()
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("tree", ["model", "optimizer", "."])
+def test_damage_is_named_and_set_aside_and_the_one_before_is_restored(tiny, run, tree, damage):
+    if tree == ".":
+        target = run / "checkpoints/12/_CHECKPOINT_METADATA"
+    else:
+        target = largest(run / "checkpoints/12" / tree)
+    before = files(run / "checkpoints/8")
+    reason = DAMAGES[damage](target)
+    after = files(run / "checkpoints/12")
+    checkpoints = Checkpoints(run)
+    found = checkpoints.restore_latest(abstract_state(tiny.cfg, single_device_mesh()))
+    assert found is not None and found[2] == 8 == int(found[0].step)
+    (entry,) = checkpoints.set_aside
+    assert entry["path"] == str(run / "checkpoints/12") and re.search(reason, entry["reason"])
+    moved = Path(entry["moved_to"])
+    assert moved.name.startswith("12.damaged-") and files(moved) == after
+    assert files(run / "checkpoints/8") == before and complete_steps(run) == [8]
+    assert [e["state"] for e in health(run)] == ["complete", "damaged"]
+
+
+def test_an_altered_record_is_damage(tiny, run):
+    path = run / "checkpoints/12/checksums.json"
+    path.write_text(path.read_text().replace('"final": true', '"final": false'))
+    checkpoints = Checkpoints(run)
+    found = checkpoints.restore_latest(abstract_state(tiny.cfg, single_device_mesh()))
+    assert found is not None and found[2] == 8
+    assert checkpoints.set_aside[0]["reason"] == "checksums.json is not what was written"
+
+
+def test_a_run_of_damaged_checkpoints_alone_is_refused_until_they_are_removed(tiny, run):
+    abstract = abstract_state(tiny.cfg, single_device_mesh())
+    for step in (8, 12):
+        flip(largest(run / "checkpoints" / str(step)))
+    for reason in ("is not what was written", "damaged-"):  # also when it is started again
+        with pytest.raises(UserError, match=rf"only damaged checkpoints .*12.damaged-.*{reason}.*remove them all"):
+            Checkpoints(run).restore_latest(abstract)
+    for path in (run / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    assert Checkpoints(run).restore_latest(abstract) is None
+
+
+def test_another_shape_is_no_damage(tiny, run):
+    before = files(run)
+    with pytest.raises(UserError, match="does not fit this config"):
+        Checkpoints(run).restore_latest(abstract_state(tiny.variant("model.d_model=64"), single_device_mesh()))
+    assert files(run) == before
+
+
+def test_half_written_folders_do_not_count_and_are_cleaned(run):
+    (run / "checkpoints/12/checksums.json").unlink()  # killed between Orbax's commit and the record
     (run / "checkpoints/16.orbax-checkpoint-tmp").mkdir()
+    (run / "checkpoints/20.damaged-1").mkdir()
     assert complete_steps(run) == [8]
+    Checkpoints(run).clean()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["20.damaged-1", "8"]
+
+
+def test_the_newest_final_checkpoint_is_found(run):
+    assert final_step(run) == 12
+    shutil.rmtree(run / "checkpoints/12")
+    with pytest.raises(UserError, match="stopped at step 8 and has no final checkpoint; finish it first"):
+        final_step(run)
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path):
     from orbax.checkpoint import v1 as ocp
 
     tree: Any = {"w": np.ones(3)}
-    ocp.save(str(tmp_path / "checkpoints/3"), tree)
+    path = location(tmp_path / "checkpoints/3")
+    ocp.save(str(path), tree)
+    contents = {name: (size, digest(path / name)) for name, size in file_sizes(path).items()}
+    write_record(path, Record(contents, 3, False, None, 0.0))
     with pytest.raises(UserError, match="no checkpoint of this trainer"):
         load_parameters(tmp_path)
     with pytest.raises(UserError, match="no complete checkpoint; train it first"):
@@ -126,7 +209,7 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
 
 def test_a_checkpoint_with_an_unknown_option_is_refused(tiny, state, tmp_path):
     config = to_dict(tiny.cfg) | {"new_option": 1}
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
     checkpoints.save(1, state, {"config": config, "data": {}})
     checkpoints.wait()
     with pytest.raises(UserError, match="new_option"):
@@ -134,43 +217,47 @@ def test_a_checkpoint_with_an_unknown_option_is_refused(tiny, state, tmp_path):
 
 
 def test_a_save_that_fails_in_the_background_is_an_error_and_the_last_good_one_stays(tiny, state, tmp_path):
-    stored = {"config": to_dict(tiny.cfg), "data": {}}
-    checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, state, stored)
+    script = Path(__file__).with_name("full_disk.py")
+    child = subprocess.run(
+        [sys.executable, script, tiny.root / "config.json", tmp_path], env=tiny.env, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    message = child.stdout
+    assert f"{tmp_path / 'checkpoints/2'} failed (process 0: " in message and "free disk space" in message
+    assert "the last good one is step 1" in message and message.count("\n") == 1
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    assert complete_steps(tmp_path) == [1]
+    checkpoints.restore(abstract_state(tiny.cfg, single_device_mesh()))
+    checkpoints.save(3, state, {"config": to_dict(tiny.cfg), "data": {}})  # room again: what was left behind goes
     checkpoints.wait()
-    before = files(tmp_path / "checkpoints/1")
-    # A limit on file size fails the same write calls as a full disk, and needs no disk to fill.
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-        with pytest.raises(UserError) as caught:
-            checkpoints.save(2, state, stored)
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline:
-                checkpoints.check()
-                time.sleep(0.01)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    message = str(caught.value)
-    assert str(tmp_path / "checkpoints/2") in message and "free disk space" in message
-    assert "the last good one is step 1" in message and "\n" not in message
-    assert complete_steps(tmp_path) == [1] and files(tmp_path / "checkpoints/1") == before
-    checkpoints = Checkpoints(tmp_path, keep=1)  # the next start: room again, leftovers go
-    checkpoints.clean()
-    checkpoints.save(3, state, stored)
-    checkpoints.wait()
-    checkpoints.clean()  # in this process the writers of the failed save may have outlived the first time
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def test_nothing_older_goes_before_the_new_one_is_complete(tiny, state, tmp_path, monkeypatch):
+    seen: list[list[int]] = []
+    write = checkpoint.write_record
+
+    def look(path, record):
+        seen.append(complete_steps(tmp_path))
+        write(path, record)
+
+    monkeypatch.setattr(checkpoint, "write_record", look)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    for step in (1, 2, 3):
+        checkpoints.save(step, state, {}, final=step == 1)
+    checkpoints.wait()
+    assert seen == [[], [1], [1, 2]] and complete_steps(tmp_path) == [1, 3]
+    assert [entry["step"] for entry in checkpoints.completed] == [1, 2, 3]
 
 
 def test_a_save_that_cannot_start_names_path_and_mend(tiny, state, tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(UserError, match=r"checkpoints/1 failed .*there is no earlier one"):
-        Checkpoints(tmp_path, 1).save(1, state, {"config": to_dict(tiny.cfg)})
+        Checkpoints(tmp_path).save(1, state, {"config": to_dict(tiny.cfg)})
 
 
 def test_stored_json_holds_config_data_and_tokenizer(tiny, finished):
-    stored = Checkpoints(finished, 1).metadata()
-    assert set(stored) == {"format", "config", "data", "tokenizer"}
+    stored = Checkpoints(finished).metadata()
+    assert {"format", "config", "data", "tokenizer"} <= set(stored)
     assert stored["config"] == json.loads((finished / "config.json").read_text())
     assert stored["data"]["position"] == {"next_index": 12}

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from moe_jax.config import REMAT_POLICIES, OptimizerConfig
 from moe_jax.model.transformer import SAVED
+from moe_jax.parallel.batches import put_batch
 from moe_jax.parallel.mesh import single_device_mesh
 from moe_jax.paths import flatten_paths
 from moe_jax.train.balance import update_bias
 from moe_jax.train.optimizer import make_optimizer, make_schedule
 from moe_jax.train.state import state_shardings
-from moe_jax.train.step import make_loss_and_grads, make_train_step, put_batch
+from moe_jax.train.step import make_loss_and_grads, make_train_step
 from tests.tiny import MOE, QUICK, batch, fresh_state, occurrences, quick, run_config, with_moe
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
@@ -15,12 +18,44 @@ from orbax.checkpoint import v1 as ocp
 from moe_jax.__main__ import main
 from moe_jax.config import SourceConfig
 from moe_jax.data.commands import build_tokenizer
-from moe_jax.errors import UserError
+from moe_jax.data.pipeline import TrainIterator
+from moe_jax.errors import Preempted, UserError
+from moe_jax.files import read_lines
 from moe_jax.train import stages, trainer
-from moe_jax.train.checkpoint import complete_steps, load_parameters
-from moe_jax.train.metrics import read_metrics
+from moe_jax.train.checkpoint import Checkpoints, complete_steps, load_parameters
+from moe_jax.train.goodput import KINDS
+from moe_jax.train.metrics import Metrics, read_metrics
 from moe_jax.train.stages import run_stages
+from moe_jax.train.trainer import fit
 from tests.train.conftest import VOCAB, write_corpus
+
+
+def events(run: Path, name: str) -> list[dict]:
+    return [line for line in read_lines(run / "events.jsonl") if line["event"] == name]
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(run)}
+
+
+RARE = 20  # a byte that no text of the corpus holds
+
+
+def altered(monkeypatch, number: int, change) -> None:
+    """The batch of this number is another one, whenever it comes."""
+    take = TrainIterator.__next__
+
+    def altered_take(self):
+        due, batch = self.batch_number == number, take(self)
+        return change(batch) if due else batch
+
+    monkeypatch.setattr(TrainIterator, "__next__", altered_take)
+
+
+def poisoned(monkeypatch, *numbers: int) -> None:
+    """Batches of these numbers have a loss that is not a number."""
+    for number in numbers:
+        altered(monkeypatch, number, lambda batch: batch | {"loss_mask": batch["loss_mask"] * np.float32(np.nan)})
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -38,25 +73,85 @@ def other_tokenizer(folder: Path) -> Path:
 
 
 def test_non_finite_loss_stops_the_run_and_names_step_and_batch(tiny, tmp_path, monkeypatch):
-    put_batch, seen = trainer.put_batch, []
-
-    def poison(batch, mesh):
-        seen.append(batch)
-        if len(seen) == 8:  # a step that would have been saved
-            batch = batch | {"loss_mask": batch["loss_mask"] * np.float32(np.nan)}
-        return put_batch(batch, mesh)
-
-    monkeypatch.setattr(trainer, "put_batch", poison)
+    poisoned(monkeypatch, 7)  # of a step that would have been saved
     run = tmp_path / "run"
-    with pytest.raises(UserError, match=r"loss is nan at step 8 .*\"next_index\": 7.*step 4 stays"):
+    with pytest.raises(UserError, match=r"loss is nan at step 8 on batch 7; step 4 stays .* --batch 7"):
         tiny.fit(run)
     assert complete_steps(run) == [4]
     assert [line["step"] for line in read_metrics(run)] == list(range(1, 8))
-    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["event"] == "non_finite" and last["batch"] == {"next_index": 7}
+    (bad,) = events(run, "bad_step")
+    assert (bad["quantity"], bad["value"], bad["batch"], bad["action"]) == ("loss", "nan", 7, "stop")
     monkeypatch.undo()
     tiny.fit(run, "log_every=5")  # mended, it goes on; whatever is saved is also logged
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 8, 10, 12]
+
+
+def test_a_bad_batch_is_skipped_for_good_after_going_back(tiny, tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, 5, 9)
+    run = tiny.fit(tmp_path / "run", "guard.on_bad_step=skip")
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, 13))
+    assert [(e["step"], e["batch"]) for e in events(run, "bad_step")] == [(6, 5), (9, 9)]
+    assert [e["to"] for e in events(run, "rolled_back")] == [4, 8]
+    assert "loss is nan at step 6 on batch 5: back to step 4, past that batch" in capsys.readouterr().err
+    stored = Checkpoints(run, tiny.cfg.checkpoint).metadata()
+    assert stored["data"]["skipped"] == [5, 9] and stored["data"]["batch_number"] == 14
+    # Interrupted between going back and the next checkpoint, it meets the batch again and judges alike.
+    other = tmp_path / "other"
+    with pytest.raises(Preempted):
+        stopped_after(monkeypatch, 7, lambda: tiny.fit(other, "guard.on_bad_step=skip"))
+    tiny.fit(other, "guard.on_bad_step=skip")
+    assert losses(other) == losses(run)
+
+
+def stopped_after(monkeypatch, step: int, work) -> None:
+    """SIGTERM as soon as `step` is logged."""
+    log = Metrics.log
+
+    def signalling(self, at, *args):
+        log(self, at, *args)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "log", signalling)
+        work()
+
+
+def test_more_bad_batches_than_allowed_stop_the_run(tiny, tmp_path, monkeypatch):
+    poisoned(monkeypatch, *range(5, 40))
+    with pytest.raises(UserError, match=r"loss is nan at step 6 on batch 7; 2 batches were skipped before"):
+        tiny.fit(tmp_path / "run", "guard.on_bad_step=skip", "guard.max_skipped=2")
+    assert complete_steps(tmp_path / "run") == [4]
+
+
+def test_a_loss_spike_is_a_bad_step(tiny, tmp_path, monkeypatch):
+    altered(monkeypatch, 10, lambda batch: batch | {"targets": np.full_like(batch["targets"], RARE)})
+    run = tiny.fit(tmp_path / "run", "guard.on_bad_step=skip", "guard.spike_factor=1.3")
+    (bad,) = events(run, "bad_step")
+    assert (bad["step"], bad["batch"], bad["quantity"]) == (11, 10, "loss")
+    assert float(bad["value"]) > 1.3 * max(list(losses(run).values())[8:])
+
+
+def test_a_preemption_notice_saves_the_step_reached_and_changes_nothing(tiny, finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with pytest.raises(Preempted, match=r"SIGTERM: step \d+ is saved"):
+        stopped_after(monkeypatch, 5, lambda: tiny.fit(run))
+    (event,) = events(run, "preempted")
+    assert complete_steps(run)[-1] == event["step"] in (6, 7) and event["signal"] == "SIGTERM"
+    tiny.fit(run)
+    assert events(run, "start")[-1]["restored"] == event["step"] and events(run, "start")[-1]["lost"] == 0
+    assert losses(run) == losses(finished)
+
+
+def test_checkpoints_come_by_the_clock_and_the_best_stays(tiny, finished, tmp_path):
+    options = ["checkpoint.every_steps=100", "checkpoint.every_minutes=1e-9", "checkpoint.keep=1"]
+    run = tiny.fit(tmp_path / "run", *options, "checkpoint.keep_best=True", "optimizer.learning_rate=0.3")
+    saved = events(run, "saved")
+    assert len(saved) > 3 and saved[-1]["step"] == 12
+    best = min(saved, key=lambda event: event["heldout_loss"])
+    assert complete_steps(run) == sorted({best["step"], 12})
+    for event in events(run, "goodput"):
+        assert set(event["seconds"]) == set(KINDS)
 
 
 def test_a_failed_background_save_stops_the_run_at_once(tiny, tmp_path, monkeypatch):
@@ -88,15 +183,22 @@ def test_run_folder_tells_what_ran(tiny, finished):
 
 def test_another_config_in_the_folder_is_refused_with_the_differences(tiny, finished):
     before = contents(finished)
-    with pytest.raises(UserError, match=r"data.seed was 0, is 1; optimizer.b1 was 0.9, is 0.5"):
-        tiny.fit(finished, "data.seed=1", "optimizer.b1=0.5")
+    with pytest.raises(UserError, match=r"model.num_heads was 2, is 1; data.seed was 0, is 1; restore"):
+        tiny.fit(finished, "data.seed=1", "model.num_heads=1", "optimizer.b1=0.5")
     assert contents(finished) == before
 
 
-def test_options_that_change_no_batch_may_change_on_resume(tiny, finished, tmp_path):
+def test_options_that_change_no_batch_may_change_on_resume_and_are_listed(tiny, finished, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
-    tiny.fit(run, "log_every=3", "checkpoint.keep=1")
+    tiny.fit(run, "log_every=3", "steps=15", "optimizer.learning_rate=0.001")
+    said = "other options: optimizer.learning_rate was 0.01, is 0.001; steps was 12, is 15; log_every was 1, is 3"
+    assert said in capsys.readouterr().err
     assert json.loads((run / "config.json").read_text())["log_every"] == 3
+    (event,) = events(run, "config_changed")
+    assert event["step"] == 12 and event["changes"]["steps"] == [12, 15]
+    assert [line["step"] for line in read_metrics(run)][-3:] == [11, 12, 15]
+    with pytest.raises(UserError, match=r"at step 15, past steps=12; raise steps"):
+        tiny.fit(run)
 
 
 @pytest.mark.parametrize("content", ["notes.txt", "config.json"])
@@ -137,19 +239,22 @@ def test_changed_data_is_refused_on_resume(tiny, finished, tmp_path):
     kept = corpus.read_text()
     try:
         corpus.write_text(kept + " more alpha")
-        with pytest.raises(UserError, match="the data changed since the checkpoint"):
-            tiny.fit(run)
+        with pytest.raises(UserError, match=r"train\.txt"):
+            tiny.fit(run, "steps=14")
+        fit(tiny.variant("steps=14"), run, jax.devices()[:1], new_data=True)
     finally:
         corpus.write_text(kept)
+    (event,) = events(run, "data_changed")
+    assert "train.txt" in event["changes"][0] and complete_steps(run)[-1] == 14
 
 
 def test_a_stage_starts_from_parameters_and_biases_only(tiny, finished, tmp_path, monkeypatch):
     started = {}
 
-    def no_loop(cfg, mesh, state, start, *_):
-        started.update(state=state, start=start)
+    def no_loop(self, start, _):
+        started.update(state=self.state, start=start)
 
-    monkeypatch.setattr(trainer, "_loop", no_loop)
+    monkeypatch.setattr(trainer._Trainer, "_train", no_loop)
     tiny.fit(tmp_path / "next", f"init_from={finished}", "stage=midtrain")
     state, parameters = started["state"], load_parameters(finished)[1]
     assert started["start"] == 0 and int(state.step) == 0
@@ -162,14 +267,15 @@ def test_a_stage_starts_from_parameters_and_biases_only(tiny, finished, tmp_path
 def test_an_unfinished_stage_is_no_start(tiny, finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints/12")
-    with pytest.raises(UserError, match="stopped at step 8 of 12; finish it first"):
+    with pytest.raises(UserError, match="stopped at step 8 and has no final checkpoint; finish it"):
         tiny.fit(tmp_path / "next", f"init_from={run}")
 
 
 def test_stages_follow_each_other_and_complete_ones_are_skipped(tiny, finished, tmp_path, monkeypatch):
     fitted = []
 
-    def fit(cfg, folder):
+    def fit(cfg, folder, new_data):
+        assert not new_data
         fitted.append(cfg.stage)
         return tiny.fit(folder, f"stage={cfg.stage}", f"init_from={cfg.init_from}")
 

@@ -1,0 +1,310 @@
+"""`python -m launch status`: how far a run is, how fast, how healthy, and what it has been through.
+
+Everything is read from the run folder, on a disk or in a bucket; nothing is written and nothing is locked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from launch.record import RECORD
+from moe_jax.command_line import add_command, add_json
+from moe_jax.errors import UserError
+from moe_jax.files import is_remote, location, read_lines, remote_filesystem, write_json
+from moe_jax.train.catalogue import checkpoint_path, health
+
+_TAIL = 2**18  # bytes of a log that hold its last steps
+_STALE_SECONDS = 120.0  # a sign of life older than this is none
+_WATCH_SECONDS = 5.0
+_ENDS = {"preempted": "preempted", "hung": "hung", "bad_step": "bad step", "end": "ended"}
+_FIRST, _SAME = "first", "same process"
+_FAULTS = ("damaged", "bad_step", "rolled_back", "preempted", "hung", "config_changed", "data_changed")
+
+
+def run_status(run: str, verify: bool = False) -> dict[str, Any]:
+    """What there is to know about a run, or a folder of stages, as JSON values; `verify` reads all checkpoints.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    root = location(run)
+    record = _json(root / RECORD)
+    planned = [(cfg["stage"], cfg["steps"]) for cfg in record.get("resolved", {}).values()]
+    folders = [root] if (root / "config.json").exists() else _stage_folders(root, [stage for stage, _ in planned])
+    stages = [stage_status(folder, verify) for folder in folders]
+    if len(planned) > 1:
+        begun = {folder.name for folder in folders}
+        stages += [{"stage": s, "state": "waiting", "step": 0, "steps": n} for s, n in planned if s not in begun]
+    if not stages:
+        raise UserError(f"{root} holds no run; name a run folder, or one of stages")
+    job = record.get("job", {})
+    keys = ("processes", "topology", "slices")
+    return {
+        "run": str(root),
+        "launcher": record.get("launcher"),
+        "where": {key: job[key] for key in keys if key in job},
+        "complete": all(stage["state"] == "complete" for stage in stages),
+        "stages": stages,
+    }
+
+
+def stage_status(folder: epath.Path, verify: bool = False) -> dict[str, Any]:
+    """What there is to know about one run folder; see the keys below."""
+    steps = _json(folder / "config.json").get("steps", 0)
+    lines, events, checkpoints = last_steps(folder), read_lines(folder / "events.jsonl"), health(folder)
+    if verify:
+        _verify(folder, checkpoints)
+    newest = max((c["step"] for c in checkpoints if c["state"] == "complete"), default=0)
+    last = lines[-1] if lines else {}
+    step = max(last.get("step", 0), newest)
+    running = holder(folder)
+    done = any(c["final"] and c["state"] == "complete" and c["step"] >= steps for c in checkpoints)
+    pace = statistics.median(line["seconds"] for line in lines[-20:]) if lines else None
+    sign = max((e["time"] for e in events[-1:]), default=None)
+    return {
+        "stage": folder.name if not lines else last["stage"],
+        "folder": str(folder),
+        "state": "running" if running else "complete" if done else "stopped",
+        "holder": running,
+        "step": step,
+        "steps": steps,
+        "loss": last.get("loss"),
+        "tokens_per_second": last.get("tokens_per_second"),
+        "seconds_left": None if pace is None else round(max(0, steps - step) * pace, 1),
+        "seconds_since_event": None if sign is None else round(time.time() - sign, 1),
+        "checkpoints": checkpoints,
+        **history(events),
+    }
+
+
+def history(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Restarts by what ended the process before, faults by kind, steps replayed, and wall time by kind.
+
+    Wall time is that of all starts as far as they told of it; `untold` is the rest since the first: what a kill
+    cut off, and the time between two starts.
+    """
+    restarts, faults, ended = Counter[str](), Counter[str](), _FIRST
+    told, current, replayed = dict[str, float](), dict[str, float](), 0
+    for event in events:
+        name = event["event"]
+        faults[name] += name in _FAULTS
+        if name == "goodput":
+            current = event["seconds"]
+        elif name == "rolled_back":
+            ended = _SAME  # its process starts over
+        elif name in _ENDS and event.get("action") != "skip":
+            ended = _ENDS[name]
+        elif name == "start":
+            replayed += event.get("lost") or 0
+            if ended != _SAME:
+                told, current = _sum(told, current), {}
+                restarts[ended] += 1
+            ended = "killed or crashed"
+    starts = sum(restarts.values())
+    for uneventful in (_FIRST, _ENDS["end"]):
+        restarts.pop(uneventful, None)
+    seconds = {kind: round(value, 3) for kind, value in _sum(told, current).items()}
+    if events:
+        seconds["untold"] = round(max(0.0, events[-1]["time"] - events[0]["time"] - sum(seconds.values())), 3)
+    total = sum(seconds.values()) or 1.0
+    return {
+        "starts": starts,
+        "restarts": dict(restarts),
+        "faults": {kind: count for kind, count in faults.items() if count},
+        "steps_replayed": replayed,
+        "seconds": seconds,
+        "goodput": {kind: round(value / total, 4) for kind, value in seconds.items()},
+    }
+
+
+def _sum(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
+    return {kind: one.get(kind, 0.0) + other.get(kind, 0.0) for kind in one | other}
+
+
+def holder(folder: epath.Path) -> str:
+    """Who trains in the folder now, as its lock tells; empty if nobody does. The lock itself is left alone."""
+    lock = folder / ".lock"
+    try:
+        if is_remote(folder):
+            updated = remote_filesystem().info(str(lock))["mtime"].timestamp()
+            return json.loads(lock.read_text())["holder"] if time.time() - updated < _STALE_SECONDS else ""
+        text = lock.read_text()
+    except (FileNotFoundError, ValueError):  # a run copied into a bucket brings a lock that is no lease
+        return ""
+    match = re.fullmatch(r"process (\d+) on (\S+)\s*", text)
+    if match is None:
+        return ""
+    if match[2] != socket.gethostname():  # a disk that several machines share
+        age = time.time() - max(Path(path).stat().st_mtime for path in (lock, *Path(folder).glob("*.jsonl")))
+        return text.strip() if age < _STALE_SECONDS else ""
+    return text.strip() if any(path == os.path.realpath(lock) for path in _open_files(int(match[1]))) else ""
+
+
+def last_steps(folder: epath.Path | Path) -> list[dict[str, Any]]:
+    """The last whole step lines of a run: some hundred, all of a short one."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            begin = max(0, file.seek(0, os.SEEK_END) - _TAIL)
+            file.seek(begin)
+            data = file.read()
+    except FileNotFoundError:
+        return []
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    return [json.loads(line) for line in lines[1 if begin else 0 :]]
+
+
+def _open_files(process: int) -> Iterator[str]:
+    try:
+        names = os.listdir(f"/proc/{process}/fd")
+    except OSError:
+        return
+    for name in names:
+        try:
+            yield os.readlink(f"/proc/{process}/fd/{name}")
+        except OSError:
+            continue
+
+
+def _json(path: epath.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _stage_folders(root: epath.Path, order: list[str]) -> list[epath.Path]:
+    """In the order of the record, then of their first starts."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if (path / "config.json").exists()]
+
+    def key(path: epath.Path) -> tuple[int, float]:
+        events = read_lines(path / "events.jsonl")
+        return order.index(path.name) if path.name in order else len(order), events[0]["time"] if events else 1e12
+
+    return sorted(found, key=key)
+
+
+def _verify(folder: epath.Path, checkpoints: list[dict[str, Any]]) -> None:
+    """Read every complete checkpoint against its checksums and note what is wrong."""
+    from moe_jax.train.checkpoint import verify
+
+    for found in checkpoints:
+        if found["state"] != "complete":
+            continue
+        path = checkpoint_path(folder, found["step"])
+        print(f"reading {path} ({_bytes(found['bytes'])})", file=sys.stderr, flush=True)
+        try:
+            verify(path)
+            found["reason"] = "checksums are right"
+        except UserError as error:
+            found |= {"state": "damaged", "reason": str(error)}
+
+
+# ---- as text --------------------------------------------------------------------------------------
+
+_HEAD = (
+    f"{'stage':14} {'state':9} {'step':>17} {'done':>5} {'loss':>9} {'tokens/s':>12} {'left':>9} {'restarts':>8}"
+)
+
+
+def render(status: dict[str, Any]) -> str:
+    """The status for a terminal."""
+    where = ", ".join(f"{key} {value}" for key, value in status["where"].items())
+    by = f"  ({status['launcher']}{': ' + where if where else ''})" if status["launcher"] else ""
+    lines = [status["run"] + by, "", _HEAD]
+    for stage in status["stages"]:
+        share = f"{stage['step'] / stage['steps']:.0%}" if stage["steps"] else "-"
+        lines.append(
+            f"{stage['stage']:14} {stage['state']:9} {stage['step']:>8,}/{stage['steps']:<8,} {share:>5} "
+            f"{_number(stage.get('loss'), '.4f'):>9} {_number(stage.get('tokens_per_second'), ',.0f'):>12} "
+            f"{_time(stage.get('seconds_left')):>9} {sum(stage.get('restarts', {}).values()):>8}"
+        )
+    for stage in status["stages"]:
+        if stage["state"] != "waiting":
+            lines += ["", *_details(stage)]
+    return "\n".join(lines) + "\n"
+
+
+def _details(stage: dict[str, Any]) -> Iterator[str]:
+    ago = stage["seconds_since_event"]
+    sign = f"last event {_time(ago)} ago" if ago is not None else "no event yet"
+    yield f"{stage['stage']}: {'held by ' + stage['holder'] if stage['holder'] else 'nobody trains here'}, {sign}"
+    shares = ", ".join(f"{kind} {share:.0%}" for kind, share in stage["goodput"].items() if share >= 0.005)
+    if shares:
+        yield f"  goodput      {shares} of {_time(sum(stage['seconds'].values()))}"
+    for name in ("restarts", "faults"):
+        if stage[name]:
+            told = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in stage[name].items())
+            replayed = f"; {stage['steps_replayed']} steps replayed" if name == "restarts" else ""
+            yield f"  {name:12} {told}{replayed}"
+    for found in stage["checkpoints"]:
+        marks = ["final"] if found["final"] else []
+        if found["heldout_loss"] is not None:
+            marks.append(f"held-out loss {found['heldout_loss']:.4f}")
+        if found["time"]:
+            marks.append(f"{_time(time.time() - found['time'])} ago")
+        more = ", ".join([*marks, *([found["reason"]] if found["reason"] else [])])
+        yield f"  {'checkpoint':12} {found['step']:>8,}  {_bytes(found['bytes']):>9}  {found['state']:12}  {more}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    return (
+        f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+        if days < 2 else f"{days:.1f} d"
+    )  # fmt: skip
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def add_status_command(commands: Any) -> None:
+    """Add `status` to the subparsers of `python -m launch`."""
+    text = "show stage, step, loss, speed, checkpoints with their health, restarts and goodput of a run"
+    examples = ("runs/a", "gs://b/mobilemoe-s --watch", "runs/four --verify --json status.json")
+    sub = add_command(commands, "status", _command, text, *examples)
+    sub.add_argument("run", help="run folder or a folder of stages, local or gs://")
+    sub.add_argument(
+        "--watch", action="store_true", help=f"again every {_WATCH_SECONDS:.0f} s until it is complete"
+    )
+    sub.add_argument("--verify", action="store_true", help="read all checkpoints against their checksums")
+    add_json(sub)
+
+
+def _command(arguments: Any) -> None:
+    while True:
+        status = run_status(arguments.run, arguments.verify)
+        if arguments.json:
+            write_json(arguments.json, status)
+        clear = "\033[H\033[2J" if arguments.watch and sys.stdout.isatty() else ""
+        print(clear + render(status), end="", flush=True)
+        if status["complete"] or not arguments.watch:
+            return
+        try:
+            time.sleep(_WATCH_SECONDS)
+        except KeyboardInterrupt:
+            return

@@ -1,0 +1,83 @@
+"""What the command lines of all packages share: commands with an example, overrides anywhere, exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moe_jax.errors import MISTAKEN, PREEMPTED, Preempted, UserError
+
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def make_parser(program: str, description: str, examples: str) -> tuple[argparse.ArgumentParser, Any]:
+    """(parser, what `add_command` adds to) of `program`, as in `python -m moe_jax`."""
+    parser = argparse.ArgumentParser(
+        program, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    return parser, parser.add_subparsers(required=True, metavar="COMMAND")
+
+
+def add_command(
+    commands: Any, name: str, command: Callable[[Any], Any], text: str, *examples: str, config: str = ""
+) -> argparse.ArgumentParser:
+    """Add `name`, which calls `command` with its options; the parser, for more of them.
+
+    `examples` are what may stand behind the name. `config`, a help text, makes it take a config and overrides.
+    """
+    sub = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.epilog = "\n".join(["Example:", *(f"  {sub.prog} {example}".rstrip() for example in examples)])
+    sub.set_defaults(command=command)
+    if config:
+        sub.add_argument("config", help=config)
+        add_overrides(sub)
+    return sub
+
+
+def add_overrides(sub: argparse.ArgumentParser) -> None:
+    """Let the command take `dotted.name=value` words."""
+    sub.add_argument("overrides", nargs="*", help="dotted.name=value", metavar="OVERRIDE")
+
+
+def add_json(sub: argparse.ArgumentParser) -> None:
+    """Let the command write what it found."""
+    sub.add_argument("--json", metavar="PATH", help="write the numbers here as well")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; overrides may stand before and after them, which argparse cannot say by itself."""
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    unknown = [word for word in rest if word not in overrides]
+    if unknown or (overrides and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
+    if overrides:
+        arguments.overrides += overrides
+    return arguments
+
+
+def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
+    """Call a command; its exit status.
+
+    What the user can mend becomes one sentence and MISTAKEN, a preemption PREEMPTED; the rest keeps its traceback.
+    """
+    try:
+        return command(arguments) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    except Preempted as notice:
+        print(f"preempted: {notice}", file=sys.stderr, flush=True)
+        return PREEMPTED
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        print(f"error: {error.strerror}: {error.filename}; make room or mend it", file=sys.stderr, flush=True)
+    return MISTAKEN

@@ -1,0 +1,130 @@
+"""The folders under `run/checkpoints`: which count, which are damaged, which go; without JAX or an array read."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+from etils import epath
+
+from moe_jax.errors import UserError
+from moe_jax.files import AnyPath, location
+from moe_jax.train.checksums import FILE, Damaged, Record, file_sizes, read_record, wrong_size
+
+SET_ASIDE = ".damaged-"
+_UNCOMMITTED = ".orbax-checkpoint-tmp"
+
+
+def checkpoints_folder(run_dir: AnyPath) -> epath.Path:
+    """Where a run keeps its checkpoints."""
+    return location(run_dir) / "checkpoints"
+
+
+def complete_steps(run_dir: AnyPath) -> list[int]:
+    """Steps whose checkpoint is complete, ascending; half-written folders do not count."""
+    paths = _entries(run_dir)
+    return sorted(int(path.name) for path in paths if path.name.isdecimal() and (path / FILE).exists())
+
+
+def complete_records(run_dir: AnyPath) -> list[Record]:
+    """The records of the complete checkpoints, ascending by step, but for unreadable ones."""
+    records = []
+    for step in complete_steps(run_dir):
+        with contextlib.suppress(Damaged, FileNotFoundError):
+            records.append(read_record(checkpoints_folder(run_dir) / str(step)))
+    return records
+
+
+def checkpoint_path(run_dir: AnyPath, step: int | None) -> epath.Path:
+    """Folder of the checkpoint of `step`, the last complete one for None; UserError when there is none."""
+    steps = complete_steps(run_dir)
+    if not steps or (step is not None and step not in steps):
+        which = "complete checkpoint" if step is None else f"complete checkpoint of step {step}"
+        have = f"it has {', '.join(map(str, steps))}" if steps else "train it first"
+        raise UserError(f"{run_dir} has no {which}; {have}")
+    return checkpoints_folder(run_dir) / str(steps[-1] if step is None else step)
+
+
+def final_step(run_dir: AnyPath) -> int:
+    """The newest complete checkpoint that is marked final; UserError when there is none."""
+    newest = int(checkpoint_path(run_dir, None).name)
+    for step in reversed(complete_steps(run_dir)):
+        path = checkpoint_path(run_dir, step)
+        try:
+            if read_record(path).final:
+                return step
+        except Damaged as damage:
+            raise UserError(damaged_sentence(path, str(damage))) from None
+    raise UserError(f"{run_dir} stopped at step {newest} and has no final checkpoint; finish it first")
+
+
+def health(run_dir: AnyPath) -> list[dict[str, Any]]:
+    """One dictionary a folder under `checkpoints`, by step: step, bytes, final, heldout_loss, time, state, reason.
+
+    The state is complete, damaged (missing or shortened files, or set aside as such) or half-written; contents are
+    not read.
+    """
+    found: list[dict[str, Any]] = []
+    for path in _entries(run_dir):
+        step, dot, rest = path.name.partition(".")
+        if not step.isdecimal():
+            continue
+        record, state, reason = _state(path, dot + rest)
+        marks: dict[str, Any] = {"final": False, "heldout_loss": None, "time": None}
+        if record is not None:
+            marks = {name: getattr(record, name) for name in marks}
+        size = sum(file_sizes(path).values())
+        found.append({"step": int(step), "bytes": size} | marks | {"state": state, "reason": reason})
+    return sorted(found, key=lambda entry: entry["step"])
+
+
+def clean(run_dir: AnyPath) -> None:
+    """Remove what a killed save or removal left behind."""
+    for path in _entries(run_dir):
+        unfinished = path.name.isdecimal() and not (path / FILE).exists()
+        if unfinished or _UNCOMMITTED in path.name:
+            remove(path)
+
+
+def remove(path: epath.Path) -> None:
+    """Remove a checkpoint so that a kill meanwhile leaves one that does not count."""
+    (path / FILE).unlink(missing_ok=True)
+    path.rmtree()
+
+
+def set_aside(path: epath.Path) -> str:
+    """Rename a damaged checkpoint, so that it no longer counts; its new path."""
+    return str(path.rename(path.with_name(f"{path.name}{SET_ASIDE}{time.time_ns()}")))
+
+
+def set_aside_names(run_dir: AnyPath) -> list[str]:
+    """Names of the folders of damaged checkpoints."""
+    return sorted(path.name for path in _entries(run_dir) if SET_ASIDE in path.name)
+
+
+def damaged_sentence(path: epath.Path, reason: str) -> str:
+    """What is wrong with a checkpoint that a user named, and the mend."""
+    earlier = [s for s in complete_steps(path.parents[1]) if path.name.isdecimal() and s < int(path.name)]
+    mend = f"to fall back to step {earlier[-1]}" if earlier else "and train again"
+    return f"checkpoint {path} is truncated or damaged ({reason}); remove it {mend}"
+
+
+def _entries(run_dir: AnyPath) -> list[epath.Path]:
+    folder = checkpoints_folder(run_dir)
+    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+
+
+def _state(path: epath.Path, suffix: str) -> tuple[Record | None, str, str | None]:
+    if suffix.startswith(SET_ASIDE):
+        return None, "damaged", f"set aside as {path.name}"
+    try:
+        if suffix:
+            raise FileNotFoundError
+        record = read_record(path)
+    except FileNotFoundError:
+        return None, "half-written", "its save has not ended"
+    except Damaged as damage:
+        return None, "damaged", str(damage)
+    reason = wrong_size(path, record)
+    return record, "complete" if reason is None else "damaged", reason

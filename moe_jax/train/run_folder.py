@@ -1,0 +1,93 @@
+"""A run is a folder: whether this one is this run's, what may have changed in it, and what the run was."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+
+from moe_jax.config import RunConfig
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
+from moe_jax.files import location, write_bytes, write_json
+from moe_jax.overrides import differences, from_dict, to_dict
+
+# What a resumed run may change: nothing here changes the tree of arrays or which batch comes at which step.
+_MAY_CHANGE = (
+    "mesh.", "checkpoint.", "guard.", "optimizer.", "steps", "log_every", "init_from", "gradient_accumulation",
+    "compute_dtype", "loss_chunk", "remat", "model.moe.buffer_factor", "data.heldout", "data.tokenizer",
+    "data.cache_dir",
+)  # fmt: skip
+_DATA = ("data.sources", "data.max_bytes")  # and these where the user says so
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+_NOT_OURS = ("launch.json", "process-*.log")  # a supervisor's, there before the run
+
+
+def changed_options(cfg: RunConfig, run_dir: epath.Path, new_data: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Options that differ from those of the run in the folder, as {name: (old, new)}; nothing is written.
+
+    Raises:
+        UserError: the folder is no run, or options differ that a run cannot change.
+    """
+    path = run_dir / "config.json"
+    if not path.exists():
+        if run_dir.exists() and (not run_dir.is_dir() or any(map(_foreign, run_dir.iterdir()))):
+            raise UserError(f"{run_dir} exists and is no run folder; name another with --run")
+        return {}
+    try:
+        stored = from_dict(RunConfig, json.loads(path.read_text()))
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path} cannot be read ({error}); name another folder with --run") from None
+    changed = differences(stored, cfg)
+    allowed = _MAY_CHANGE + (_DATA if new_data else ())
+    if refused := {name: values for name, values in changed.items() if not name.startswith(allowed)}:
+        raise UserError(
+            f"{run_dir} holds another run: {listed(refused)}; restore the options or name another folder"
+        )
+    return changed
+
+
+def listed(changed: dict[str, tuple[Any, Any]]) -> str:
+    """The differences as a sentence's part."""
+    return "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
+
+
+def describe_run(cfg: RunConfig, run_dir: epath.Path, tokenizer: Tokenizer, mesh: Mesh) -> None:
+    """Write what the run is. config.json comes first: by it a killed start is known as this run."""
+    write_json(run_dir / "config.json", to_dict(cfg))
+    if location(cfg.data.tokenizer) != run_dir / "tokenizer.json":
+        write_bytes(run_dir / "tokenizer.json", location(cfg.data.tokenizer).read_bytes())
+    device = mesh.devices.flat[0]
+    environment = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "devices": f"{mesh.devices.size} x {device.device_kind}",
+        "processes": len({device.process_index for device in mesh.devices.flat}),
+        "mesh": dict(mesh.shape),
+        "git": _git_commit(),
+        "command": sys.argv,
+    }
+    write_json(run_dir / "environment.json", environment)
+
+
+def _foreign(path: epath.Path) -> bool:
+    return not path.name.startswith(".") and not any(Path(path.name).match(name) for name in _NOT_OURS)
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, with `-dirty` where it was changed; None outside a repository."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None

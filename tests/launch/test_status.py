@@ -1,0 +1,119 @@
+"""`launch status`: what it reads out of logs, checkpoints and locks, and that looking changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main
+from launch.record import write_record
+from launch.status import history, holder, last_steps, render, run_status
+from moe_jax.files import location
+from moe_jax.run_lock import exclusive
+
+
+def event(name: str, time: float, **fields) -> dict:
+    return {"event": name, "step": 0, "time": time, **fields}
+
+
+def test_restarts_are_told_by_what_ended_the_process_before():
+    events = [
+        event("start", 0, lost=0),
+        event("goodput", 8, seconds={"step": 4.0, "compile": 4.0}),
+        event("start", 20, lost=3),
+        event("bad_step", 21, action="skip"),
+        event("rolled_back", 22),
+        event("start", 23, lost=2),
+        event("goodput", 30, seconds={"step": 6.0, "compile": 4.0}),
+        event("preempted", 31),
+        event("start", 40, lost=0),
+        event("hung", 50),
+        event("damaged", 60),
+        event("start", 61, lost=1),
+        event("end", 62),
+        event("start", 70, lost=0),
+    ]
+    found = history(events)
+    assert found["restarts"] == {"killed or crashed": 1, "preempted": 1, "hung": 1}
+    assert found["faults"] == {"bad_step": 1, "rolled_back": 1, "preempted": 1, "hung": 1, "damaged": 1}
+    assert (found["starts"], found["steps_replayed"]) == (5, 6)
+    assert found["seconds"] == {"step": 10.0, "compile": 8.0, "untold": 52.0}
+    assert sum(found["goodput"].values()) == pytest.approx(1, abs=1e-3)
+    assert history([])["starts"] == 0
+
+
+def test_a_finished_run_is_shown_with_its_checkpoints(finished, tmp_path, capsys):
+    assert main(["status", str(finished), "--json", str(tmp_path / "s.json"), "--verify"]) == 0
+    shown = capsys.readouterr().out
+    (stage,) = json.loads((tmp_path / "s.json").read_text())["stages"]
+    assert (stage["state"], stage["step"], stage["steps"], stage["seconds_left"]) == ("complete", 12, 12, 0)
+    assert [c["step"] for c in stage["checkpoints"]] == [8, 12] and stage["checkpoints"][1]["final"]
+    assert stage["goodput"].keys() >= {"step", "save", "compile"} and stage["loss"] > 0
+    assert "12/12" in shown and shown.count("checksums are right") == 2 and "nobody trains here" in shown
+
+
+def test_a_flipped_byte_is_seen_by_verify_and_a_short_file_without_it(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    files = [p for p in (run / "checkpoints/12").rglob("*") if p.is_file() and p.stat().st_size > 1000]
+    big = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(big.read_bytes())
+    data[len(data) // 2] ^= 1
+    big.write_bytes(data)
+    states = [c["state"] for c in run_status(str(run))["stages"][0]["checkpoints"]]
+    verified = run_status(str(run), verify=True)["stages"][0]["checkpoints"]
+    assert states == ["complete"] * 2 and [c["state"] for c in verified] == ["complete", "damaged"]
+    assert big.name in verified[1]["reason"]
+    big.write_bytes(data[:-1])
+    status = run_status(str(run))
+    assert [c["state"] for c in status["stages"][0]["checkpoints"]] == ["complete", "damaged"]
+    assert not status["complete"] and big.name in render(status)
+
+
+def test_stages_that_have_not_begun_are_waiting(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run/pretrain")
+    resolved = {"a": {"stage": "pretrain", "steps": 12}, "b": {"stage": "sft", "steps": 7}}
+    record = {"format": "moe_jax launch 1", "launcher": "local", "job": {"processes": 2}, "resolved": resolved}
+    write_record(str(tmp_path / "run"), record)
+    status = run_status(str(tmp_path / "run"))
+    assert [(s["stage"], s["state"]) for s in status["stages"]] == [("pretrain", "complete"), ("sft", "waiting")]
+    assert not status["complete"] and "(local: processes 2)" in render(status)
+
+
+def test_a_trainer_is_seen_by_its_lock_alone_while_it_lives(tmp_path):
+    folder = location(tmp_path)
+    assert holder(folder) == ""
+    with exclusive(tmp_path):
+        assert f"process {os.getpid()} on " in holder(folder)
+    assert (tmp_path / ".lock").exists() and holder(folder) == ""
+
+
+def test_a_run_in_a_bucket_is_read_and_its_holder_seen(finished, bucket):
+    run = f"{bucket}/run"
+    for path in Path(finished).rglob("*"):
+        if path.is_file() and "tensorboard" not in path.parts and not path.name.startswith("."):
+            (location(run) / path.relative_to(finished)).write_bytes(path.read_bytes())
+    (stage,) = run_status(run)["stages"]
+    assert (stage["state"], stage["step"], [c["state"] for c in stage["checkpoints"]]) == (
+        "complete",
+        12,
+        ["complete"] * 2,
+    )
+    with exclusive(run):
+        assert run_status(run)["stages"][0]["holder"].startswith(f"process {os.getpid()} on ")
+    assert holder(location(run)) == ""
+
+
+def test_only_the_end_of_a_long_log_is_read(tmp_path):
+    line = json.dumps({"step": 1, "loss": 1.0, "pad": "x" * 1000}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(line * 1000 + '{"step": 2, "lo')
+    found = last_steps(tmp_path)
+    assert 100 < len(found) < 1000 and found[-1]["step"] == 1 and last_steps(tmp_path / "none") == []
+
+
+def test_what_is_no_run_is_refused(tmp_path, capsys):
+    assert main(["status", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err

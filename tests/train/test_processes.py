@@ -1,0 +1,102 @@
+"""One run in two real processes, whose collectives are gloo's, against the same run in one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.errors import MISTAKEN, PREEMPTED
+from moe_jax.files import read_lines
+from moe_jax.train.checkpoint import complete_steps, load_parameters
+from moe_jax.train.metrics import read_metrics
+from moe_jax.train.trainer import fit
+
+MESH = ["mesh.fsdp=2", "mesh.expert=2"]
+
+
+def start(tiny, run: Path, *options: str, processes: int = 2, devices: int = 2) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "moe_jax", "train", str(tiny.root / "config.json"), "--run", str(run)]
+    common = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_COORDINATOR_ADDRESS": address}
+    return [
+        subprocess.Popen(
+            [*command, *MESH, *options],
+            env=tiny.env | common | {"JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+
+
+def finish(children: list[subprocess.Popen]) -> tuple[list[int], str]:
+    said = "".join(child.communicate(timeout=240)[1] for child in children)
+    return [child.returncode for child in children], said
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run)]
+
+
+@pytest.fixture(scope="module")
+def in_two(tiny, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("processes") / "run"
+    statuses, said = finish(start(tiny, run))
+    assert statuses == [0, 0], said
+    return run
+
+
+def test_two_processes_train_what_one_trains(tiny, in_two, tmp_path):
+    one = fit(tiny.variant(*MESH), tmp_path / "one", jax.devices()[:4])
+    np.testing.assert_allclose(losses(in_two), losses(one), rtol=2e-5)
+    for name, array in load_parameters(one)[1].items():
+        np.testing.assert_allclose(load_parameters(in_two)[1][name], array, rtol=1e-3, atol=2e-4, err_msg=name)
+    environment = json.loads((in_two / "environment.json").read_text())
+    assert (environment["processes"], environment["devices"]) == (2, "4 x cpu")
+    assert [line["step"] for line in read_metrics(in_two)] == list(range(1, 13))  # one writer
+
+
+def test_a_notice_to_one_process_is_granted_by_both_at_one_step(tiny, in_two, tmp_path):
+    run = tmp_path / "run"
+    children = start(tiny, run)
+    while not read_lines(run / "metrics.jsonl"):
+        assert all(child.poll() is None for child in children)
+        time.sleep(0.02)
+    children[1].send_signal(signal.SIGTERM)
+    statuses, said = finish(children)
+    assert statuses == [PREEMPTED, PREEMPTED] and said.count("is saved in") == 2, said
+    step = complete_steps(run)[-1]
+    statuses, said = finish(start(tiny, run))
+    assert statuses == [0, 0], said
+    assert [e["step"] for e in read_lines(run / "events.jsonl") if e["event"] == "start"] == [0, step]
+    assert losses(run) == losses(in_two)
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(1, 4), (4, 1)])
+def test_a_run_goes_on_in_another_number_of_processes(tiny, in_two, tmp_path, processes, devices):
+    run = tmp_path / "run"
+    statuses, said = finish(start(tiny, run, "steps=8"))
+    assert statuses == [0, 0], said
+    statuses, said = finish(start(tiny, run, processes=processes, devices=devices))
+    assert set(statuses) == {0}, said
+    assert complete_steps(run)[-1] == 12
+    assert losses(run)[:4] == losses(in_two)[:4]
+    # Another schedule length would show; reassociation does not.
+    np.testing.assert_allclose(losses(run)[4:], losses(in_two)[4:], rtol=0.2)
+
+
+def test_what_one_process_refuses_ends_all(tiny, in_two):
+    statuses, said = finish(start(tiny, in_two, "data.seed=3"))
+    assert MISTAKEN in statuses and 0 not in statuses
+    assert "data.seed was 0, is 3" in said
