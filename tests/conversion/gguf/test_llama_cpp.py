@@ -7,6 +7,7 @@ rounding as llama.cpp does; what is left are codes that fall to the other side o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -15,12 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import configs
 from conversion import weights
+from conversion.gguf import export_run
 from conversion.gguf_file import write_gguf
 from moe_jax.config import ModelConfig, QuantConfig
 from moe_jax.data import chat, corpus
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.generate import Generator
+from moe_jax.train.checkpoint import load_parameters
+from moe_jax.train.trainer import fit
 from tests.conversion.folders import TINY, TINY_DENSE, random_parameters
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="pip install -r requirements/gguf.txt")
@@ -35,10 +40,10 @@ def llama(path: Path, **options):
     return llama_cpp.Llama(str(path), n_ctx=TOKENS, n_batch=TOKENS, **exact | options)
 
 
-def their_logits(path: Path) -> np.ndarray:
-    """[TOKENS, V] of `IDS`."""
+def their_logits(path: Path, ids: Sequence[int] = IDS) -> np.ndarray:
+    """[TOKENS, V] of the file."""
     model = llama(path, logits_all=True)
-    model.eval(IDS)
+    model.eval(ids)
     logits = np.array(model.scores[:TOKENS])
     model.close()
     return logits
@@ -78,6 +83,23 @@ def test_q4_0_logits_are_those_of_jax_rounding_activations_alike(config, tmp_pat
     assert (got.argmax(-1) == want.argmax(-1)).mean() >= 0.99
     assert np.median(apart) < 0.1 * np.median(explained)
     assert np.abs(got - exact).max() < 2 * explained.max()
+
+
+def test_a_trained_model_chooses_the_same_tokens_of_text_it_never_saw(tmp_path):
+    Tokenizer.train(corpus.stdlib_texts(False), 2048).save(tmp_path / "tokenizer.json")
+    cfg = configs.load("demo_pretrain", ["quant=default", "steps=400", "data.max_bytes=2000000", "log_every=100"])
+    files = {"tokenizer": str(tmp_path / "tokenizer.json"), "cache_dir": str(tmp_path / "cache")}
+    data = dataclasses.replace(cfg.data, seq_len=128, global_batch_size=8, **files)
+    fit(dataclasses.replace(cfg, data=data), tmp_path / "run", jax.devices()[:1])
+    export_run(tmp_path / "run", tmp_path / "m.gguf")
+    run, parameters = load_parameters(tmp_path / "run")
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    ids = [tokenizer.bos, *tokenizer.encode("".join(list(corpus.stdlib_texts(True))[:3]))][:TOKENS]
+    got = their_logits(tmp_path / "m.gguf", ids)
+    for activations in (False, True):
+        want = Generator(run.model, parameters, QuantConfig(32, activations)).logits(ids)
+        assert (got.argmax(-1) == want.argmax(-1)).mean() >= 0.99
+        assert np.median(np.abs(got - want)) < 0.01 * want.std()
 
 
 @pytest.fixture(scope="module")
