@@ -7,12 +7,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from conversion import bench_commands
 from moe_jax.command_line import add_command, add_json, guarded, make_parser, parse
+from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
 
@@ -26,7 +27,7 @@ From the run folder of a QAT stage to a model that the stock LiteRT-LM engine ru
 What the sparse experts are worth, against the same model with all experts computed on every token:
 
   python -m conversion export runs/demo/qat runs/demo/dense.litertlm --experts dense
-  python -m conversion bench runs/demo/model.litertlm --dense runs/demo/dense.litertlm --json speed.json
+  python -m conversion bench runs/demo/model.litertlm --against runs/demo/dense.litertlm --json speed.json
 
 Exit status: 0, 1 if verify finds that something differs, 2 after one sentence on what to mend.
 """
@@ -100,34 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add_threads(sub)
     add_json(sub)
 
-    sub = add(
-        "bench",
-        _bench,
-        "measure tokens per second in the stock engine on real text, each figure a median",
-        "model.litertlm --dense dense.litertlm --json speed.json",
-    )
-    sub.add_argument("bundle")
-    sub.add_argument("--dense", metavar="BUNDLE", help="the same model exported with --experts dense")
-    sub.add_argument("--text", default="stdlib:heldout", help="path, glob or part of the corpus")
-    sub.add_argument("--texts", type=int, default=12, help="pieces of text")
-    sub.add_argument("--prefill", type=int, default=128, help="tokens of each to take in")
-    sub.add_argument("--decode", type=int, default=64, help="tokens to answer")
-    add_threads(sub)
-    add_json(sub)
-
-    sub = add(
-        "chat",
-        _chat,
-        "talk to a bundle: one answer with --prompt, else a conversation until the end of input",
-        "model.litertlm --prompt 'What does os.getcwd do?'",
-    )
-    sub.add_argument("bundle")
-    sub.add_argument("--prompt", help="one question")
-    sub.add_argument("--max-tokens", type=int, default=256, help="of each reply")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    sub.add_argument("--top-p", type=float, default=1.0)
-    sub.add_argument("--seed", type=int, default=0)
-    add_threads(sub)
+    bench_commands.add_commands(commands, _config)
     return parser
 
 
@@ -137,7 +111,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _options(arguments: Any) -> dict[str, Any]:
     """What the command's function takes: its parameters bear the names of the options."""
-    return {k: v for k, v in vars(arguments).items() if k not in ("command", "json", "prompt")}
+    return {k: v for k, v in vars(arguments).items() if k not in ("command", "json")}
 
 
 def _export(arguments: Any) -> None:
@@ -170,29 +144,10 @@ def _verify(arguments: Any) -> int:
     return 1 if result["failed"] else 0
 
 
-def _bench(arguments: Any) -> None:
-    from conversion.bench import bench
+def _config(name: str) -> RunConfig:
+    import configs
 
-    result = bench(**_options(arguments))
-    _table(result["speed"])
-    _write(arguments, result)
-
-
-def _chat(arguments: Any) -> None:
-    from conversion.chat import chat
-
-    prompts = _questions() if arguments.prompt is None else [arguments.prompt]
-    chat(prompts=prompts, **_options(arguments))
-
-
-def _questions() -> Iterator[str]:
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if line.strip():
-            yield line
+    return configs.load(name)
 
 
 def _say(text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -11,13 +10,18 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Sequence
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, NamedTuple
 
-_PARENT_DIED = 1  # PR_SET_PDEATHSIG
-_LIBC = ctypes.CDLL(None)
+# In the child before its program: SIGKILL when the parent dies (PR_SET_PDEATHSIG), and now if it has died already.
+# A program of its own, as code between fork and exec may deadlock where threads run.
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 _CHATTER = "[Gloo] "  # how many peers it has, for each of its many groups; kept in the log alone
 _PRINTING = threading.Lock()
 
@@ -63,8 +67,8 @@ class Processes:
         for index, environment in enumerate(environments):
             # In the main thread: the kernel's notice of a parent's death means the thread that forked.
             child = subprocess.Popen(
-                command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, process_group=0, preexec_fn=partial(_die_with, os.getpid()),
+                [*python("-I", "-S", "-c", _DIE_WITH_PARENT), str(os.getpid()), *command], env=environment, cwd=folder,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
             )  # fmt: skip
             assert child.stdout is not None
             self._children.append(child)
@@ -115,13 +119,6 @@ def _open_log(folder: Path | None, index: int, attempt: int) -> IO[bytes] | None
 
 def _await(child: subprocess.Popen[bytes], index: int, events: SimpleQueue[Any]) -> None:
     events.put(Ended(index, child.wait()))
-
-
-def _die_with(parent: int) -> None:
-    """In the child before its program: SIGKILL when the parent dies, and now if it has died already."""
-    _LIBC.prctl(_PARENT_DIED, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def python(*words: str) -> list[str]:

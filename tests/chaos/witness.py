@@ -15,8 +15,8 @@ _SECONDS = 0.02
 class Witness:
     """Looks at the folder all the time, from a thread of its own; a context manager.
 
-    `losses` is {step: loss} of all lines ever seen, also of those that a restart cut off; `differing` the steps that
-    were logged with two losses; `step` the last line that stands; `lost` the checkpoints that vanished, although
+    `losses` is {step: loss} of all lines ever seen, also of those that a restart cut off; `differing` the steps
+    that were logged with two losses; `step` the last line that stands; `lost` the checkpoints that vanished, although
     fewer than `keep` newer ones were complete, and the damaged ones that vanished.
     """
 

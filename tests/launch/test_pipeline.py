@@ -22,8 +22,7 @@ from tests.launch.pod_jobs import run
 STAGES = ["pretrain", "midtrain", "sft", "qat"]
 SMALL = [
     "model.num_layers=1", "model.d_model=32", "model.num_heads=2", "model.num_kv_heads=1", "model.head_dim=16",
-    "model.vocab_size=290", "model.max_position_embeddings=64", "model.moe.num_experts=4",
-    "model.moe.num_experts_per_tok=2", "model.moe.expert_width=32", "model.moe.shared_expert_width=32",
+    "model.vocab_size=290", "model.max_position_embeddings=64", "model.moe=none", "model.ffn_width=64",
     "data.seq_len=32", "data.global_batch_size=4", "mesh.fsdp=2", "steps=6", "checkpoint.every_steps=3",
 ]  # fmt: skip
 # All float stages compile to one program.
