@@ -82,7 +82,8 @@ def _nothing() -> None:
 
 def is_complete(cfg: RunConfig, run_dir: AnyPath) -> bool:
     """Whether the run folder holds the checkpoint of this config's last step; UserError if it is another run's."""
-    changed_options(cfg, location(run_dir))
+    if is_first():  # the others may see a folder that the first is still making
+        changed_options(cfg, location(run_dir))
     return complete_steps(run_dir)[-1:] == [cfg.steps]
 
 
