@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit bench chaos restore format clean
+.PHONY: help setup demo test lint types unit bench restore format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,9 +52,6 @@ unit: $(INSTALLED)  ## pytest alone; ARGS='tests/data -k packing' to choose
 
 bench: $(INSTALLED)  ## the measured ratios of tests/benchmarks
 	@set -e; for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(PY) -m $$(echo $${file%.py} | tr / .); done
-
-chaos: $(INSTALLED)  ## 30 and more faults against a run of two processes (20 minutes)
-	$(PY) -m tests.chaos --json runs/chaos/report.json
 
 restore: $(INSTALLED)  ## memory of restoring a state of 6 GB (3 minutes)
 	$(PY) -m tests.benchmarks.restore_memory

@@ -64,11 +64,12 @@ class Processes:
         self.errors = [""] * len(environments)  # the last sentence of each that says what to mend
         self._children: list[subprocess.Popen[bytes]] = []
         self._readers: list[threading.Thread] = []
+        guard = [*python("-I", "-S", "-c", _DIE_WITH_PARENT), str(os.getpid())]
         for index, environment in enumerate(environments):
             # In the main thread: the kernel's notice of a parent's death means the thread that forked.
             child = subprocess.Popen(
-                [*python("-I", "-S", "-c", _DIE_WITH_PARENT), str(os.getpid()), *command], env=environment, cwd=folder,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0,
+                [*guard, *command], env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, process_group=0,
             )  # fmt: skip
             assert child.stdout is not None
             self._children.append(child)
