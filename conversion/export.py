@@ -115,5 +115,5 @@ def matching_tokenizer(run_dir: str | Path, run: RunConfig, file: Path, step: in
     from moe_jax.train.checkpoint import Checkpoints
 
     found = Tokenizer.load(file)
-    found.require(run.model.vocab_size, Checkpoints(run_dir, keep=1).metadata(step)["tokenizer"])
+    found.require(run.model.vocab_size, Checkpoints(run_dir).metadata(step)["tokenizer"])
     return found

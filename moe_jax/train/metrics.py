@@ -11,7 +11,6 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from etils import epath
 from tqdm import tqdm
 
 from moe_jax.config import RunConfig
-from moe_jax.files import LineLog, location, read_lines, write_bytes
+from moe_jax.files import AnyPath, LineLog, location, read_lines, write_bytes
 from moe_jax.flops import peak_flops, train_flops_per_token
 from moe_jax.parallel.processes import is_first
 from moe_jax.train.tensorboard import EventFile
@@ -39,7 +38,7 @@ def load_statistics(counts_LE: np.ndarray) -> tuple[list[float], list[float]]:
     return (share.max(-1) * experts).tolist(), (entropy / math.log(max(experts, 2))).tolist()
 
 
-def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: AnyPath) -> list[dict[str, Any]]:
     """The step lines of a run, in order of the steps."""
     return read_lines(location(run_dir) / "metrics.jsonl")
 

@@ -118,7 +118,7 @@ class _Trainer:
         self.state: TrainState | None = None
         self.pending: _Pending | None = None
         self.skipped: list[int] = []  # batches, by this process's life
-        self.fresh = {"data": self.data.get_state(), "recent_losses": []}
+        self.fresh: dict[str, Any] = {"data": self.data.get_state(), "recent_losses": []}
 
     def run(self, changes: dict[str, tuple[Any, Any]]) -> None:
         """Train to the last step, going back and past bad batches where the config says so."""
@@ -197,7 +197,7 @@ class _Trainer:
             if self.train_step is None:
                 self._compile(step, arrays)
                 clock = _Clock()
-            self.state, values = self.train_step(self.state, arrays)
+            self.state, values = self.train_step(self.state, arrays)  # pyrefly: ignore[not-callable]
             bad, vote_of_all = self._settle(metrics, clock)
             if bad:
                 return bad
@@ -244,7 +244,7 @@ class _Trainer:
         begin = time.perf_counter()
         self.dog.beat("compiling")
         with self.goodput.spent("compile"):  # apart, so that no step's time holds it
-            step_function = make_train_step(self.cfg, self.mesh)
+            step_function: Any = make_train_step(self.cfg, self.mesh)
             self.train_step = step_function.lower(self.state, arrays).compile()
         self.history.event("compiled", step - 1, seconds=round(time.perf_counter() - begin, 3))
         self.dog.beat(f"step {step}")

@@ -76,7 +76,7 @@ class Watchdog:
             "from the last checkpoint: look at the stacks, or raise guard.hang_minutes"
         )
         print(f"error: {sentence}", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         if self._dump:
             with contextlib.suppress(OSError), self._dump.open("w") as file:
                 print(sentence, file=file, flush=True)

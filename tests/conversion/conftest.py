@@ -82,7 +82,7 @@ def write_run(folder: Path, config: ModelConfig, tokenizer: Tokenizer, quant: Qu
     for path, value in parameters.items():
         parts["biases" if path.endswith("bias") else "params"][path] = jnp.asarray(value)
     state = {name: unflatten_paths(flat) for name, flat in parts.items()} | {"step": jnp.int32(1)}
-    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints = Checkpoints(folder)
     stored = {"config": to_dict(run), "data": {}, "tokenizer": tokenizer.fingerprint}
     checkpoints.save(1, state, stored)
     checkpoints.wait()

@@ -31,7 +31,7 @@ def starts(run: Path) -> list[int]:
 
 def final_bytes(tiny, run: Path) -> list[bytes]:
     """Every leaf of the last checkpoint: parameters, biases, moments, PRNG, step."""
-    state, _ = Checkpoints(run, 1).restore(abstract_state(tiny.cfg, single_device_mesh()))
+    state, _ = Checkpoints(run).restore(abstract_state(tiny.cfg, single_device_mesh()))
     state.rng = jax.random.key_data(state.rng)
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
