@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit bench restore format clean
+.PHONY: help setup demo test lint types unit chaos bench restore format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,9 +50,14 @@ unit: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 unit: $(INSTALLED)  ## pytest alone; ARGS='tests/data -k packing' to choose
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
+chaos: $(INSTALLED)  ## kill, damage and fill up a run until 42 faults are survived (at most 20 minutes)
+	JAX_PLATFORMS=cpu $(PY) -m tests.chaos --json runs/chaos/report.json $(ARGS)
+
+bench: export JAX_PLATFORMS := cpu
 bench: $(INSTALLED)  ## the measured ratios of tests/benchmarks
 	@set -e; for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(PY) -m $$(echo $${file%.py} | tr / .); done
 
+restore: export JAX_PLATFORMS := cpu
 restore: $(INSTALLED)  ## memory of restoring a state of 6 GB (3 minutes)
 	$(PY) -m tests.benchmarks.restore_memory
 

@@ -20,6 +20,7 @@ A run is a folder: config, logs, tokenizer and checkpoints. The usual order of t
   python -m moe_jax configs                                   what can be trained
   python -m moe_jax tokenizer CONFIG                          learn the tokenizer that CONFIG names
   python -m moe_jax train CONFIG --run runs/a steps=200       train; again to resume after a kill
+  python -m moe_jax inspect runs/a                            what is in its last checkpoint, and is it sound
   python -m moe_jax evaluate runs/a --json eval.json          held-out nats per token, bits per byte
   python -m moe_jax generate runs/a --prompt 'def add(a, b):' let it go on with a text
 
@@ -66,6 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("run", help="run folder")
     add_overrides(sub)
+    add_json(sub)
+
+    sub = add(
+        "inspect",
+        _inspect,
+        "check a checkpoint's files and list its arrays, marks and config",
+        "runs/a/checkpoints/200 --json c.json",
+        False,
+    )
+    sub.add_argument("path", help="checkpoint, or run folder, whose last one is meant; local or gs://")
     add_json(sub)
 
     sub = add(
@@ -146,6 +157,14 @@ def _evaluate(arguments: Any) -> None:
     for name, value in result.items():
         print(f"{name:28} {value:,.4f}" if isinstance(value, float) else f"{name:28} {value:,}")
     _write(arguments, result)
+
+
+def _inspect(arguments: Any) -> None:
+    from moe_jax.train.inspect import inspect, render
+
+    found = inspect(arguments.path)
+    print(render(found))
+    _write(arguments, found)
 
 
 def _generate(arguments: Any) -> None:

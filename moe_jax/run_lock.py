@@ -125,7 +125,11 @@ def _look(path: str) -> tuple[dict[str, str], dict[str, Any]]:
     """Generation and metageneration, and content, of the lease that stands; FileNotFoundError without one."""
     files = remote_filesystem()
     stored = files.call("GET", _OBJECT, *files.split_path(path)[:2], json_out=True)
-    return {k: stored[k] for k in ("generation", "metageneration")}, json.loads(files.cat_file(path))
+    try:
+        lease = json.loads(files.cat_file(path))
+    except ValueError:  # no lease, but the lock of a local folder that was copied to the bucket: nobody beats it
+        lease = {"holder": "another run", "pid": 0, "pids_of": None}
+    return {k: stored[k] for k in ("generation", "metageneration")}, lease
 
 
 def _keep(path: str, generation: str, stop: threading.Event, lost: threading.Event) -> None:

@@ -13,6 +13,7 @@ from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import Any
 
+import gcsfs
 from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import buckets, objects
@@ -21,9 +22,8 @@ from gcp_storage_emulator.storage import Storage
 BUCKET = "bucket"
 _CONDITIONS = {"ifGenerationMatch": "generation", "ifMetagenerationMatch": "metageneration"}
 _lock = threading.Lock()
-logging.getLogger("gcp_storage_emulator").setLevel(
-    logging.CRITICAL
-)  # it calls an object that is not there an error
+# It calls an object that is not there an error.
+logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
 
 
 @contextmanager
@@ -43,6 +43,7 @@ def object_store() -> Iterator[dict[str, str]]:
         }
         http.shutdown()
         thread.join()
+    gcsfs.GCSFileSystem.clear_instance_cache()  # they know the address of this server
 
 
 class _Server(ThreadingHTTPServer):

@@ -48,7 +48,9 @@ def test_training_imports_neither_torch_nor_litert():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", ["configs", "train", "params", "evaluate", "generate", "tokenizer", "batch"])
+@pytest.mark.parametrize(
+    "command", ["configs", "train", "params", "evaluate", "inspect", "generate", "tokenizer", "batch"]
+)
 def test_each_command_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -129,6 +131,10 @@ def test_an_existing_tokenizer_is_kept(capsys, small_tokenizer):
     before = small_tokenizer.read_bytes()
     assert "overwrite" in sentence(capsys, "tokenizer", CONFIG, f"data.tokenizer={small_tokenizer}")
     assert small_tokenizer.read_bytes() == before
+
+
+def test_what_is_no_checkpoint_cannot_be_inspected(capsys, tmp_path):
+    assert "neither a run folder" in sentence(capsys, "inspect", str(tmp_path))
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["generate", "--prompt", "x"]])

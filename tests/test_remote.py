@@ -130,6 +130,12 @@ def test_a_lease_of_another_machine_is_taken_over_once_it_is_stale(folder, quick
     assert "up to 3 s for a sign of process 1 on afar" in capsys.readouterr().err
 
 
+def test_a_lock_that_was_copied_from_a_disk_is_no_lease(folder, quick):
+    write_bytes(f"{folder}/.lock", b"process 1 on afar")
+    with exclusive(folder):
+        assert "pids_of" in location(f"{folder}/.lock").read_text()
+
+
 def test_of_many_that_start_at_one_time_one_holds_the_folder(folder):
     script = f"""
 from moe_jax import run_lock

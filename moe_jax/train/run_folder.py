@@ -9,16 +9,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
-from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
-from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import location, write_bytes, write_json
 from moe_jax.overrides import differences, from_dict, to_dict
+
+if TYPE_CHECKING:  # a supervisor asks here too, and starts without JAX
+    from jax.sharding import Mesh
+
+    from moe_jax.data.tokenizer import Tokenizer
 
 # What a resumed run may change: nothing here changes the tree of arrays or which batch comes at which step.
 _MAY_CHANGE = (

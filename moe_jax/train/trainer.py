@@ -30,6 +30,7 @@ from moe_jax.parallel.batches import put_batch, put_everywhere, put_votes, share
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.processes import barrier, is_first
 from moe_jax.run_lock import exclusive
+from moe_jax.train.agreement import together
 from moe_jax.train.checkpoint import Checkpoints, complete_steps, final_step, restore_model
 from moe_jax.train.goodput import Goodput
 from moe_jax.train.guard import BadStep, LossGuard
@@ -41,6 +42,7 @@ from moe_jax.train.watch import StopRequest, Watchdog
 
 # What a process asks of all, by a vote that travels with a step; the highest counts.
 _SAVE, _STOP = 1, 2
+_COMPILE_MINUTES = 30.0
 
 
 def fit(
@@ -142,6 +144,7 @@ class _Trainer:
             step = self._go_back(bad)
         with self.goodput.spent("save"):
             self.checkpoints.wait()
+        self._tell_completed()
         self._tell_goodput(self.cfg.steps)
         self.history.event("end", self.cfg.steps)
         barrier("end")
@@ -214,6 +217,7 @@ class _Trainer:
                         f"{self.stop.name or 'another process'}: step {step} is saved in {self.run_dir}"
                     )
             self.checkpoints.check()
+            self._tell_completed()
         return None
 
     def _settle(self, metrics: Metrics, clock: _Clock) -> tuple[BadStep | None, int]:
@@ -242,10 +246,11 @@ class _Trainer:
 
     def _compile(self, step: int, arrays: dict[str, jax.Array]) -> None:
         begin = time.perf_counter()
-        self.dog.beat("compiling")
+        self.dog.beat("compiling", at_least=_COMPILE_MINUTES)
         with self.goodput.spent("compile"):  # apart, so that no step's time holds it
             step_function: Any = make_train_step(self.cfg, self.mesh)
             self.train_step = step_function.lower(self.state, arrays).compile()
+            together("compiled", lambda: None)  # else the first step would wait for the slowest
         self.history.event("compiled", step - 1, seconds=round(time.perf_counter() - begin, 3))
         self.dog.beat(f"step {step}")
 
@@ -271,6 +276,11 @@ class _Trainer:
         self._tell_goodput(step)
         if wait:
             self.history.event("preempted", step, signal=self.stop.name)
+
+    def _tell_completed(self) -> None:
+        while self.checkpoints.completed:
+            done = self.checkpoints.completed.pop(0)
+            self.history.event("complete", done["step"], seconds=round(done["seconds"], 3), bytes=done["bytes"])
 
     def _tell_goodput(self, step: int) -> None:
         self.history.event("goodput", step, seconds=self.goodput.seconds)

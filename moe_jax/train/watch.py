@@ -47,12 +47,12 @@ class Watchdog:
     """Ends the process with a stack dump when nothing was reported for `minutes` (0: never).
 
     A collective that a peer never joins blocks for ever and cannot be interrupted; the process's end is the only
-    way to tell a supervisor.
+    way to tell a supervisor. What a process does by itself, a compilation say, may take longer.
     """
 
     def __init__(self, minutes: float, dump: Path | None) -> None:
         self._seconds, self._dump = 60 * minutes, dump
-        self._doing, self._since = "starting", time.monotonic()
+        self.beat("starting")
         self._done = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -63,16 +63,20 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._done.set()
 
-    def beat(self, doing: str) -> None:
-        """Something was finished, and this is what comes next."""
-        self._doing, self._since = doing, time.monotonic()
+    def beat(self, doing: str, at_least: float = 0.0) -> None:
+        """Something was finished, and this is what comes next; it may take `at_least` so many minutes."""
+        self._now = (doing, max(self._seconds, 60 * at_least), time.monotonic())
 
     def _watch(self) -> None:
-        while (left := self._since + self._seconds - time.monotonic()) > 0:
-            if self._done.wait(left):
+        while True:
+            doing, allowed, since = self._now
+            left = since + allowed - time.monotonic()
+            if left <= 0:
+                break
+            if self._done.wait(min(left, self._seconds)):
                 return
         sentence = (
-            f"process {os.getpid()} hung for {self._seconds:.0f} s in {self._doing}; it ends itself for a restart "
+            f"process {os.getpid()} hung for {allowed:.0f} s in {doing}; it ends itself for a restart "
             "from the last checkpoint: look at the stacks, or raise guard.hang_minutes"
         )
         print(f"error: {sentence}", file=sys.stderr, flush=True)

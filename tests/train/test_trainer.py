@@ -152,6 +152,8 @@ def test_checkpoints_come_by_the_clock_and_the_best_stays(tiny, finished, tmp_pa
     assert complete_steps(run) == sorted({best["step"], 12})
     for event in events(run, "goodput"):
         assert set(event["seconds"]) == set(KINDS)
+    complete = {event["step"]: event for event in events(run, "complete")}
+    assert complete.keys() == {event["step"] for event in saved} and complete[12]["bytes"] > 0
 
 
 def test_a_failed_background_save_stops_the_run_at_once(tiny, tmp_path, monkeypatch):
