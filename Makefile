@@ -50,7 +50,7 @@ unit: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 unit: $(INSTALLED)  ## pytest alone; ARGS='tests/data -k packing' to choose
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-chaos: $(INSTALLED)  ## kill, damage and fill up a run until 42 faults are survived (at most 20 minutes)
+chaos: $(INSTALLED)  ## kill, damage and fill up a run until 36 faults are survived (at most 20 minutes)
 	JAX_PLATFORMS=cpu $(PY) -m tests.chaos --json runs/chaos/report.json $(ARGS)
 
 bench: export JAX_PLATFORMS := cpu
