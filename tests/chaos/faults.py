@@ -65,15 +65,16 @@ class Scene:
             file.seek(since)
             return file.read().decode(errors="replace")
 
-    def starts(self) -> int:
-        """How often training began."""
-        return len(self.seen.named("start"))
+    def lives(self) -> int:
+        """How often processes came so far that they trained; a step back past a bad batch is no new life."""
+        return len(self.seen.named("compiled"))
 
-    def comes_back(self, act: Callable[[], object]) -> None:
-        """Do it, and wait until training has begun once more."""
-        before = self.starts()
+    def comes_back(self, act: Callable[[], object]) -> int:
+        """Do it, and wait until other processes train; the step from which they went on."""
+        starts, lives = len(self.seen.named("start")), self.lives()
         act()
-        self.until("new start", lambda: self.starts() > before)
+        self.until("new start", lambda: self.lives() > lives)
+        return self.seen.named("start")[starts]["step"]
 
     def ends(self, status: int) -> None:
         """The supervisor ends by itself, with this status."""
@@ -103,10 +104,10 @@ def killed_while_saving(scene: Scene) -> str:
         victims = scene.job.pids()
         scene.until("save", lambda: _half_written(scene.job.run))
         pid = victims[process]
-        struck = scene.starts()
+        lives = scene.lives()
         os.kill(pid, signal.SIGKILL)
         landed = _half_written(scene.job.run)
-        scene.until("new start", lambda struck=struck: scene.starts() > struck)
+        scene.until("new start", lambda lives=lives: scene.lives() > lives)
         if landed:
             return _last(r"^\[launch\] (process \d was killed by SIGKILL; going on .*)$", scene.words(since))
     raise AssertionError("no kill fell into a save")
@@ -115,8 +116,7 @@ def killed_while_saving(scene: Scene) -> str:
 def supervisor_killed(scene: Scene) -> str:
     """SIGKILL of the supervisor, which takes its processes along; the same command goes on."""
     scene.job.kill()
-    scene.comes_back(scene.job.start)
-    return f"start at step {scene.seen.named('start')[-1]['step']}"
+    return f"started again by hand, from step {scene.comes_back(scene.job.start)}"
 
 
 def preempted(scene: Scene) -> str:
@@ -128,8 +128,7 @@ def preempted(scene: Scene) -> str:
     saved, logged = complete_steps(scene.job.run)[-1], read_metrics(scene.job.run)[-1]["step"]
     assert {int(step) for _, step in said} == {saved} == {logged}, (said, saved, logged)
     assert len(said) == PROCESSES, said
-    scene.comes_back(scene.job.start)
-    assert scene.seen.named("start")[-1]["step"] == saved
+    assert scene.comes_back(scene.job.start) == saved
     return _last(r"\] (preempted: .*)$", scene.words(since))
 
 
@@ -169,8 +168,7 @@ def _damaged(scene: Scene, damage: Callable[[Path], None]) -> str:
     name = scene.rng.choice([*names, FILE] if damage is not Path.unlink else names)
     damage(path / name)
     since = scene.job.output.stat().st_size
-    scene.comes_back(scene.job.start)
-    assert scene.seen.named("start")[-1]["step"] == before
+    assert scene.comes_back(scene.job.start) == before
     moved = set(set_aside_names(run)) - aside
     assert [found.partition(".")[0] for found in moved] == [str(newest)]
     said = _last(r"\] (checkpoint .* is damaged .*)$", scene.words(since))
@@ -203,14 +201,14 @@ def hung(scene: Scene) -> str:
 
 def second_run(scene: Scene) -> str:
     """Another supervisor on the same folder is refused; the first does not notice."""
-    output, starts = scene.job.run.with_suffix(".second.log"), scene.starts()
+    output, lives = scene.job.run.with_suffix(".second.log"), scene.lives()
     output.unlink(missing_ok=True)
     other = scene.job.another(output)
     try:
         assert other.wait(_PATIENCE) == MISTAKEN, output.read_text()
     finally:
         other.kill()
-    assert scene.starts() == starts
+    assert scene.lives() == lives
     said = _last("^error: (.*)$", output.read_text())
     assert f"{scene.job.run} is in use by process {scene.job.pids()[0]} " in said
     return said

@@ -45,11 +45,11 @@ _ENVIRONMENT = {
 def write_job(root: Path, steps: int, seed: int) -> Path:
     """Write corpus, tokenizer and config of a run of `steps` below `root`; the config's path.
 
-    The text is one of few words, of about one epoch, but for one file of noise, at which the loss spikes.
+    The text is one of few words, of less than one epoch, but for one file of noise, at which the loss spikes.
     """
     rng, texts = random.Random(seed), root / "texts"
     texts.mkdir(parents=True)
-    words = steps * _ROWS * _LENGTH // _FILES  # of a token or so
+    words = steps * _ROWS * _LENGTH // (2 * _FILES)  # of 1.4 tokens: every text comes at least once
     for index in range(_FILES):
         (texts / f"{index}.txt").write_text(" ".join(rng.choices(_WORDS, k=words)))
     source = SourceConfig(str(texts / "*.txt"))

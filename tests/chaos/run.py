@@ -46,7 +46,7 @@ def run_chaos(root: Path, seed: int, faults: Sequence[Fault], steps: int, tell: 
         scene, begin_chaos = Scene(job, seen, rng, peace), time.monotonic()
         scene.comes_back(job.start)
         for number, fault in enumerate(faults, 1):
-            reached = max((entry["step"] for entry in seen.named("start")[-1:]), default=0)
+            reached = seen.named("start")[-1]["step"]
             target = max(steps * number // (len(faults) + 1), reached + rng.randint(1, _LATEST))
             scene.until(f"step {target}", lambda target=target: seen.step >= target)
             step, since = seen.step, time.monotonic()
@@ -65,7 +65,7 @@ def run_chaos(root: Path, seed: int, faults: Sequence[Fault], steps: int, tell: 
         "seed": seed,
         "steps": steps,
         "faults": dict(counts) | {"bad_batch": len({entry["step"] for entry in skipped})},
-        "restarts": len(starts) - 1 - len(skipped),
+        "restarts": scene.lives() - 1,
         "steps_replayed": sum(entry["lost"] for entry in starts),
         "losses_bit_equal": _losses(root / "chaos") == peace and seen.losses == peace and not seen.differing,
         "params_bit_equal": _same(*final),
