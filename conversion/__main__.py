@@ -7,10 +7,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from moe_jax.__main__ import guarded
+from conversion import bench_commands
+from moe_jax.command_line import add_command, add_json, guarded, make_parser, parse
+from moe_jax.config import RunConfig
+from moe_jax.errors import UserError
 from moe_jax.files import write_json
 
 _EXAMPLES = """\
@@ -23,7 +27,7 @@ From the run folder of a QAT stage to a model that the stock LiteRT-LM engine ru
 What the sparse experts are worth, against the same model with all experts computed on every token:
 
   python -m conversion export runs/demo/qat runs/demo/dense.litertlm --experts dense
-  python -m conversion bench runs/demo/model.litertlm --dense runs/demo/dense.litertlm --json speed.json
+  python -m conversion bench runs/demo/model.litertlm --against runs/demo/dense.litertlm --json speed.json
 
 Exit status: 0, 1 if verify finds that something differs, 2 after one sentence on what to mend.
 """
@@ -31,7 +35,7 @@ Exit status: 0, 1 if verify finds that something differs, 2 after one sentence o
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = parse(_parser(), argv)
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it is announced
     # torch, torchao and the converter speak of their own insides; errors still come through as exceptions.
     warnings.simplefilter("ignore")
@@ -41,24 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m conversion",
-        description="From a checkpoint to a phone.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, command: Callable, text: str, example: str) -> Any:
-        sub = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=f"Example:\n  python -m conversion {name} {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(command=command)
-        return sub
+    parser, commands = make_parser("python -m conversion", "From a checkpoint to a phone.", _EXAMPLES)
+    add = partial(add_command, commands)
 
     def add_checkpoint(sub: Any) -> None:
         sub.add_argument("--step", type=int, help="this checkpoint instead of the last")
@@ -68,17 +56,18 @@ def _parser() -> argparse.ArgumentParser:
     def add_threads(sub: Any) -> None:
         sub.add_argument("--threads", type=int, default=2, help="CPU threads of the engine")
 
-    def add_json(sub: Any) -> None:
-        sub.add_argument("--json", metavar="PATH", help="write the numbers here as well")
-
     sub = add(
         "export",
         _export,
         "write a run's checkpoint as a .litertlm bundle and as .safetensors, codes and scales unchanged",
         "runs/demo/qat model.litertlm --context 512 --prefill 16,128",
+        "mobilemoe_s --random-weights --seed 0 --out bundles --json export.json",
     )
-    sub.add_argument("run_dir", metavar="run", help="run folder")
-    sub.add_argument("output", help="the bundle, ending in .litertlm")
+    sub.add_argument("source", metavar="run", help="run folder, or a registered config with --random-weights")
+    sub.add_argument("output", nargs="?", help="the bundle, ending in .litertlm")
+    sub.add_argument("--out", metavar="DIR", help="instead of a name: the folder for <last part of run>.litertlm")
+    sub.add_argument("--random-weights", action="store_true", help="a model of these shapes, to measure with")
+    sub.add_argument("--seed", type=int, default=0, help="of random weights")
     add_checkpoint(sub)
     sub.add_argument("--context", type=int, help="most tokens of prompt and answer (default: as trained)")
     sub.add_argument(
@@ -112,34 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add_threads(sub)
     add_json(sub)
 
-    sub = add(
-        "bench",
-        _bench,
-        "measure tokens per second in the stock engine on real text, each figure a median",
-        "model.litertlm --dense dense.litertlm --json speed.json",
-    )
-    sub.add_argument("bundle")
-    sub.add_argument("--dense", metavar="BUNDLE", help="the same model exported with --experts dense")
-    sub.add_argument("--text", default="stdlib:heldout", help="path, glob or part of the corpus")
-    sub.add_argument("--texts", type=int, default=12, help="pieces of text")
-    sub.add_argument("--prefill", type=int, default=128, help="tokens of each to take in")
-    sub.add_argument("--decode", type=int, default=64, help="tokens to answer")
-    add_threads(sub)
-    add_json(sub)
-
-    sub = add(
-        "chat",
-        _chat,
-        "talk to a bundle: one answer with --prompt, else a conversation until the end of input",
-        "model.litertlm --prompt 'What does os.getcwd do?'",
-    )
-    sub.add_argument("bundle")
-    sub.add_argument("--prompt", help="one question")
-    sub.add_argument("--max-tokens", type=int, default=256, help="of each reply")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    sub.add_argument("--top-p", type=float, default=1.0)
-    sub.add_argument("--seed", type=int, default=0)
-    add_threads(sub)
+    bench_commands.add_commands(commands, _config)
     return parser
 
 
@@ -149,13 +111,24 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _options(arguments: Any) -> dict[str, Any]:
     """What the command's function takes: its parameters bear the names of the options."""
-    return {k: v for k, v in vars(arguments).items() if k not in ("command", "json", "prompt")}
+    return {k: v for k, v in vars(arguments).items() if k not in ("command", "json")}
 
 
 def _export(arguments: Any) -> None:
-    from conversion.export import export
+    import configs
+    from conversion.export import export, export_random
 
-    result = export(**_options(arguments), say=_say)
+    options = _options(arguments)
+    source, output, folder, seed = (options.pop(name) for name in ("source", "output", "out", "seed"))
+    if (output is None) == (folder is None):
+        raise UserError("say where to: either a name that ends in .litertlm or --out with a folder")
+    output = output or Path(folder, f"{Path(source).name}.litertlm")
+    if options.pop("random_weights"):
+        model = configs.load(source).model
+        options = {k: v for k, v in options.items() if k not in ("step", "quantize_float")}
+        result = export_random(model, output, seed=seed, **options, say=_say)
+    else:
+        result = export(source, output, **options, say=_say)
     _table(result)
     _write(arguments, result)
 
@@ -171,29 +144,10 @@ def _verify(arguments: Any) -> int:
     return 1 if result["failed"] else 0
 
 
-def _bench(arguments: Any) -> None:
-    from conversion.bench import bench
+def _config(name: str) -> RunConfig:
+    import configs
 
-    result = bench(**_options(arguments))
-    _table(result["speed"])
-    _write(arguments, result)
-
-
-def _chat(arguments: Any) -> None:
-    from conversion.chat import chat
-
-    prompts = _questions() if arguments.prompt is None else [arguments.prompt]
-    chat(prompts=prompts, **_options(arguments))
-
-
-def _questions() -> Iterator[str]:
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if line.strip():
-            yield line
+    return configs.load(name)
 
 
 def _say(text: str) -> None:

@@ -1,35 +1,172 @@
-"""Talking to a bundle in the stock LiteRT-LM engine: one question, or a conversation until the input ends."""
+"""Talking to a bundle in the stock LiteRT-LM engine: one question, or a conversation in the terminal.
+
+What the model says goes to standard output, piece by piece; all else (speeds, help, mistakes) to standard error, so
+that answers can be piped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from conversion.litert.engine import Engine
+from litert_lm import interfaces
+
+from conversion.litert.engine import GREEDY, Engine
+from moe_jax.data.corpus import Message
+from moe_jax.errors import UserError
+
+_HELP = """\
+/clear   forget the conversation
+/help    this
+/quit    leave, as Ctrl-D does
+Ctrl-C stops an answer; any other line is a message."""
 
 
 def chat(
     bundle: str | Path,
-    prompts: Iterable[str],
+    prompts: Iterable[str] | None = None,
     *,
     threads: int = 2,
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    show_experts: bool = False,
 ) -> list[str]:
-    """Answer the prompts, which are turns of one conversation, as they come; prints and returns the replies.
+    """Answer the prompts, which are turns of one conversation, as they come: prints and returns the replies.
 
-    Raises UserError for what is no bundle.
+    Without `prompts` they are read from the standard input: with a prompt sign, speeds and patience for mistakes if
+    that is a terminal. `show_experts` draws the experts of each answer's tokens. Raises UserError for what is no
+    bundle or, outside a terminal, too long for it.
     """
-    replies = []
-    sampling = max_tokens, temperature, top_p, seed
-    with Engine(bundle, threads) as engine, engine.conversation(*sampling) as say:
-        for prompt in prompts:
-            reply = ""
-            for piece in say(prompt):
+    at_terminal = prompts is None and sys.stdin.isatty()
+    with ExitStack() as stack:
+        talk = _Talk(bundle, threads, max_tokens, temperature, top_p, seed)
+        stack.enter_context(talk)
+        experts: Any = None
+        if show_experts:
+            from conversion.chat_experts import Experts
+
+            experts = stack.enter_context(Experts(bundle, threads))
+        if at_terminal:
+            _say(f"{bundle}, {threads} thread(s); /help lists the commands")
+        for line in _lines(at_terminal) if prompts is None else prompts:
+            if line == "/quit":
+                break
+            if line == "/clear":
+                talk.clear()
+            elif line.startswith("/") and " " not in line:
+                _say(_HELP)
+            else:
+                try:
+                    reply = talk.answer(line, at_terminal)
+                except UserError as error:
+                    if not at_terminal:
+                        raise
+                    _say(f"{error}; /clear starts another")
+                    continue
+                if experts and reply:
+                    _show(experts, talk.history)
+        return talk.replies
+
+
+class _Talk(Engine):
+    """A conversation that can be interrupted and cleared."""
+
+    def __init__(
+        self, bundle: str | Path, threads: int, max_tokens: int, temperature: float, top_p: float, seed: int
+    ) -> None:
+        super().__init__(bundle, threads, measured=True)
+        chosen = interfaces.SamplerConfig(top_k=64, top_p=top_p, temperature=temperature, seed=seed)
+        self._options: Any = {
+            "sampler_config": chosen if temperature > 0 else GREEDY,
+            "max_output_tokens": max_tokens,
+        }
+        self.replies: list[str] = []
+        self._open = ExitStack()
+        self._begin([])
+
+    def close(self) -> None:
+        """End the conversation and free the engine."""
+        self._open.close()
+        super().close()
+
+    def clear(self) -> None:
+        """Forget what was said."""
+        self._begin([])
+
+    def _begin(self, history: list[Message]) -> None:
+        self._open.close()  # the engine has room for one
+        self.history = history
+        self._talk = self._open.enter_context(
+            self._engine.create_conversation(messages=list(history), **self._options)
+        )
+
+    def answer(self, message: str, measured: bool) -> str:
+        """Print the reply as it comes, then its speed if `measured`; Ctrl-C ends it."""
+        begun, first, reply, stopped = time.perf_counter(), 0.0, "", False
+        try:
+            for piece in self._pieces(message):
+                first = first or time.perf_counter() - begun
                 reply += piece
                 print(piece, end="", flush=True)
-            print()
-            replies.append(reply)
-    return replies
+        except KeyboardInterrupt:
+            self._talk.cancel_process()
+            stopped = True
+        print(flush=True)
+        self.replies.append(reply)
+        turn: list[Message] = [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
+        if stopped:
+            _say("(stopped)")
+            self._begin(self.history + turn)  # a cancelled conversation answers no more
+            return reply
+        self.history += turn
+        if measured:
+            info, seconds = self._talk.get_benchmark_info(), time.perf_counter() - begun
+            speed = f"{info.last_decode_tokens_per_second:.1f} tokens/s, first after {first:.2f} s"
+            _say(f"({info.last_decode_token_count} tokens in {seconds:.1f} s: {speed})")
+        return reply
+
+    def _pieces(self, message: str) -> Iterator[str]:
+        try:
+            for piece in self._talk.send_message_async(message):
+                yield "".join(part.text for part in piece.contents if hasattr(part, "text"))
+        except RuntimeError as error:
+            raise UserError(
+                f"the engine stopped ({error}); the conversation may be longer than the bundle's context, so start "
+                "another or export with a larger --context"
+            ) from None
+
+
+def _show(experts: Any, history: list[Message]) -> None:
+    from conversion.chat_experts import strips
+
+    begun = time.perf_counter()
+    used = experts.of_answer(history)
+    if used:
+        print(strips(used, experts.count), flush=True)
+    _say(f"({len(used)} tokens run again in {time.perf_counter() - begun:.1f} s to see their experts)")
+
+
+def _lines(at_terminal: bool) -> Iterator[str]:
+    """Lines that say something; in a terminal with editing and a history of its own."""
+    if at_terminal:
+        import readline  # noqa: F401 (input() uses it once it is there)
+    while True:
+        try:
+            line = input("> " if at_terminal else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            _say("\n/quit or Ctrl-D leaves")
+            continue
+        if line:
+            yield line
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,25 +1,34 @@
-"""One call from a run folder to what a phone loads: `<name>.litertlm` and beside it `<name>.safetensors`.
+"""One call from weights to what a phone loads: `<name>.litertlm`, and of a run `<name>.safetensors` beside it.
 
-Both are made in a folder aside and renamed at the end, so a refusal or a full disk leaves earlier files as
+Weights come from a checkpoint or, for measurements, from a seed, one tensor at a time. Files are made in a folder
+aside, read back against their source, and renamed at the end: after a refusal or a full disk earlier files are as
 they were.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from conversion import weights as _weights
 from conversion.weights import Weights
-from moe_jax.config import RunConfig
+from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.data import corpus
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 
 PREFILL = (16, 128)
+_MERGES = 32_768  # entries that the embedded corpus gives to the tokenizer of random weights
+Say = Callable[[str], object]
 
 
 def export(
@@ -29,66 +38,178 @@ def export(
     step: int | None = None,
     tokenizer: str | Path | None = None,
     context: int | None = None,
-    prefill: Sequence[int] = PREFILL,
-    experts: str = "sparse",
     quantize_float: bool = False,
     overwrite: bool = False,
-    say: Callable[[str], object] = lambda _: None,
-) -> dict[str, int | str | list[int]]:
+    say: Say = lambda _: None,
+    **options: Any,
+) -> dict[str, Any]:
     """Write the checkpoint of a run (the last, or that of `step`) as `output`; what was written, for a report.
 
-    `context` is the most tokens of prompt and answer (default: the length that the run trained on), `prefill` the
-    lengths of the prefill signatures (those beyond the context are left out), `experts` sparse or dense (all of
-    them computed on every token, only to compare speed), `quantize_float` takes a run without quantisation too.
+    `context` is the most tokens of prompt and answer (default: the length that the run trained on),
+    `quantize_float` takes a run without quantisation too; other options as `write`.
 
     Raises:
         UserError: no readable checkpoint, one without QAT, a tokenizer that is not the checkpoint's, lengths that
             cannot be, an output that exists or cannot be written; existing files stay as they were.
     """
-    output = Path(output)
+    begun, output = time.monotonic(), Path(output)
+    tensors = output.with_suffix(".safetensors")
+    _free((output, tensors), overwrite)
+    run, parameters = open_checkpoint(run_dir, step)
+    group = _group(run, run_dir, quantize_float)
+    file = Path(tokenizer or Path(run_dir) / "tokenizer.json")
+    matching_tokenizer(run_dir, run, file, step)
+
+    def quantise(folder: Path) -> Weights:
+        say("writing INT4 codes and scales")
+        arrays = _weights.quantised(parameters, run.model, group)
+        _weights.write_safetensors(arrays, run.model, group, folder / tensors.name)
+        return _weights.load_safetensors(folder / tensors.name)
+
+    result = write(quantise, file, output, context or run.data.seq_len, say=say, **options)
+    return result | {"safetensors": str(tensors), "seconds": time.monotonic() - begun}
+
+
+def export_random(
+    config: ModelConfig,
+    output: str | Path,
+    *,
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    context: int | None = None,
+    overwrite: bool = False,
+    say: Say = lambda _: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write random weights of any model as `output`, for measurements of size and speed.
+
+    Without `tokenizer` one is made of the embedded corpus and filled up to the model's vocabulary.
+    """
+    begun, output = time.monotonic(), Path(output)
+    _free((output,), overwrite)
+    if tokenizer is not None:
+        Tokenizer.load(tokenizer).require(config.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(tokenizer or Path(folder, "tokenizer.json"))
+        if tokenizer is None:
+            say("learning a tokenizer")
+            file.write_text(_tokenizer(config.vocab_size))
+        context = context or config.max_position_embeddings
+        result = write(lambda _: _weights.random(config, seed), file, output, context, say=say, **options)
+    return result | {"seconds": time.monotonic() - begun}
+
+
+def write(
+    source: Callable[[Path], Weights],
+    tokenizer: Path,
+    output: Path,
+    context: int,
+    *,
+    prefill: Sequence[int] = PREFILL,
+    experts: str = "sparse",
+    say: Say = lambda _: None,
+) -> dict[str, Any]:
+    """Write the weights that `source` makes, with what else it leaves in the folder that it is given.
+
+    `prefill` are the lengths of the prefill signatures (those beyond the context are left out), `experts` is sparse
+    or dense (all of them computed on every token, only to compare speed).
+    """
     if output.suffix != ".litertlm":
         raise UserError(f"the output is {output.name!r}; end its name in .litertlm, for LiteRT-LM")
     if experts not in ("sparse", "dense"):
         raise UserError(f"experts is {experts!r}; choose sparse or dense")
-    tensors = output.with_suffix(".safetensors")
-    for path in (output, tensors):
-        if path.exists() and not overwrite:
-            raise UserError(f"{path} exists; choose another output or pass --overwrite")
-    run, _, weights = load(run_dir, step, quantize_float)
-    file = Path(tokenizer or Path(run_dir) / "tokenizer.json")
-    matching_tokenizer(run_dir, run, file, step)
-    context = context or run.data.seq_len
     lengths = sorted({n for n in prefill if n <= context}) or [context]
 
-    from conversion.litert import bundle, lower  # slow to import, and not needed to refuse
+    from conversion import readback  # slow to import, as what lowers is, and not needed to refuse
+    from conversion.litert import bundle, lower
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
             aside = Path(folder)
-            say("writing INT4 codes and scales")
-            _weights.save_safetensors(weights, aside / tensors.name)
+            weights = source(aside)
             say(f"lowering to decode and prefill of {', '.join(map(str, lengths))} tokens")
-            lowered = aside / "model.tflite"
-            lower.export_tflite(weights, lowered, context, lengths, dense=experts == "dense")
+            lowered, bundled = aside / "model.tflite", aside / output.name
+            lower.export_tflite(weights, lowered, context, lengths, dense=experts == "dense", say=say)
             say("bundling with tokenizer and chat template")
-            bundle.write_bundle(lowered, file, aside / output.name, context)
-            sizes = {p: p.stat().st_size for p in (lowered, aside / output.name)}
-            for path in (tensors, output):
-                os.replace(aside / path.name, path)
+            bundle.write_bundle(lowered, tokenizer, bundled, context)
+            sizes = [path.stat().st_size for path in (bundled, lowered)]
+            lowered.unlink()
+            say("reading all codes and scales back")
+            parts, known = readback.sections(bundled), Codes(weights)
+            # Experts side by side, which only serve to compare with, have no names in the file.
+            found = readback.compare(parts.tflite, known) if experts == "sparse" else readback.Findings()
+            if found.mismatches:
+                raise UserError(f"{output} does not hold its source ({found.reports[0]}); check the disk")
+            digest = _sha256(bundled)
+            for path in sorted(aside.iterdir(), key=lambda path: path == bundled):
+                os.replace(path, output.parent / path.name)
     except OSError as error:
         raise UserError(
             f"cannot write {output}: {error.strerror or error}; free the disk or choose another"
         ) from error
     return {
         "bundle": str(output),
-        "bytes": sizes[aside / output.name],
-        "tflite_bytes": sizes[lowered],
-        "safetensors": str(tensors),
+        "bytes": sizes[0],
+        "tflite_bytes": sizes[1],
         "context": context,
         "prefill": lengths,
         "experts": experts,
+        "sha256": digest,
+        "codes_checked": found.codes_checked,
+        "mismatches": found.mismatches,
+        "file_gb": sizes[0] / 1e9,
+        "peak_rss_gb": peak_rss_gb(),
     }
+
+
+class Codes(Mapping):
+    """Codes and scales of every INT4 tensor by name; those asked for last stay in memory."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._names = weights.int4_names()
+        self._get = lru_cache(2)(lambda name: (weights.int4(name).codes, weights.scales(name)))
+
+    def __getitem__(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        return self._get(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Stack:
+    """A float32 parameter of a checkpoint, layers stacked, of which only the layers asked for are read."""
+
+    def __init__(self, path: str, name: str) -> None:
+        import tensorstore
+
+        base = path if "://" in path else f"file://{path}"
+        store = {"driver": "ocdbt", "base": f"{base}/model", "path": f"{name}/"}
+        self._array = tensorstore.open({"driver": "zarr3", "kvstore": store}, read=True).result()
+        self.shape = tuple(self._array.shape)
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        return self._array[layer].read().result()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._array.read().result()
+
+
+def open_checkpoint(run_dir: str | Path, step: int | None = None) -> tuple[RunConfig, dict[str, _Stack]]:
+    """Config and parameters of a run's checkpoint, verified by its checksums; a layer is read when asked for."""
+    from conversion import keymap
+    from moe_jax.train.checkpoint import Checkpoints, checkpoint_path, config_of, verify
+
+    path = checkpoint_path(run_dir, step)
+    verify(path, model_only=True)
+    run = config_of(path, Checkpoints(run_dir).metadata(step))
+    try:
+        return run, {name: _Stack(str(path), name) for name in keymap.jax_shapes(run.model)}
+    except ValueError as error:
+        raise UserError(f"checkpoint {path} lacks a parameter of its config ({error}); export another") from None
 
 
 def load(
@@ -101,13 +222,16 @@ def load(
     from moe_jax.train.checkpoint import load_parameters
 
     run, parameters = load_parameters(run_dir, step)
+    return run, parameters, _weights.from_parameters(parameters, run.model, _group(run, run_dir, quantize_float))
+
+
+def _group(run: RunConfig, run_dir: str | Path, quantize_float: bool) -> int:
     if run.quant is None and not quantize_float:
         raise UserError(
             f"{run_dir} is a {run.stage} run without quantisation; export the folder of its QAT stage, "
             "or pass --quantize-float to round weights that were not trained for it"
         )
-    group = run.quant.weight_group_size if run.quant else 32
-    return run, parameters, _weights.from_parameters(parameters, run.model, group)
+    return run.quant.weight_group_size if run.quant else 32
 
 
 def matching_tokenizer(run_dir: str | Path, run: RunConfig, file: Path, step: int | None = None) -> Tokenizer:
@@ -117,3 +241,30 @@ def matching_tokenizer(run_dir: str | Path, run: RunConfig, file: Path, step: in
     found = Tokenizer.load(file)
     found.require(run.model.vocab_size, Checkpoints(run_dir).metadata(step)["tokenizer"])
     return found
+
+
+def peak_rss_gb() -> float:
+    """The most memory that this process held so far; getrusage would count what it was forked from as well."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+
+
+def _free(paths: Sequence[Path], overwrite: bool) -> None:
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists; choose another output or pass --overwrite")
+
+
+def _tokenizer(vocab_size: int) -> str:
+    """A tokenizer.json of the embedded corpus; entries that no text gives stand for what the corpus lacks."""
+    learnt = Tokenizer.train(corpus.stdlib_texts(False), min(_MERGES, vocab_size))
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
+        learnt.save(file.name)
+        described = json.loads(Path(file.name).read_text("utf-8"))
+    described["model"]["vocab"] |= {f"<|{i}|>": i for i in range(learnt.vocab_size, vocab_size)}
+    return json.dumps(described)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,7 @@
-"""The one table that ties a JAX parameter to its PyTorch (Hugging Face) names, read in both directions.
+"""The one table that ties a JAX parameter to its names in PyTorch, Hugging Face files and GGUF, both ways.
 
 A row gives the JAX path, its shape in letters, how one layer's array is laid out on the other side, and which
-tensors are INT4. Layers are stacked on a leading axis in JAX and are separate tensors in PyTorch.
+tensors are INT4. Layers are stacked on a leading axis in JAX and are separate tensors everywhere else.
 Legend: D model, NH query heads x width, GH key/value heads x width, E experts, F expert width, S shared width,
 W dense feed-forward width, V vocabulary.
 """
@@ -18,18 +18,27 @@ from moe_jax.errors import UserError
 
 _LAYER = "model.layers.{}."
 _FFN = _LAYER + "feed_forward."
+_BLOCK = "blk.{}."
 
 
 @dataclass(frozen=True)
 class Row:
-    """One JAX parameter: `layout` is copy, transpose (last two axes) or split ([D, 2, F] to two [F, D])."""
+    """One JAX parameter: `layout` is copy, transpose (last two axes) or split ([D, 2, F] to two [F, D]).
+
+    Hugging Face files name a tensor as PyTorch does and lay it out alike, except `in_out` ones: those keep the axes
+    of JAX, with INT4 groups along the output. A tensor with two GGUF names for one PyTorch name is cut in two along
+    the output; `rotated` ones have the rows of each head in another order there.
+    """
 
     jax: str
     shape: str
     layout: str
     torch: tuple[str, ...]
+    gguf: tuple[str, ...]
     int4: bool = False
     needs: str = ""  # moe, shared or dense: the part of the model that the row belongs to
+    in_out: bool = False
+    rotated: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -37,39 +46,65 @@ class Row:
         return self.jax.startswith("layers/")
 
 
+def _norm(jax: str, torch: str, gguf: str) -> Row:
+    return Row(f"{jax}/scale", "D", "copy", (f"{torch}.weight",), (f"{gguf}.weight",))
+
+
+def _attention(part: str, shape: str, gguf: str) -> Row:
+    path, name = f"layers/attention/{part}/kernel", _LAYER + f"self_attn.{part}_proj"
+    return Row(path, shape, "transpose", (name,), (_BLOCK + f"{gguf}.weight",), int4=True, rotated=part in "qk")
+
+
+def _pair(jax: str, shape: str, torch: str, gguf: str, needs: str) -> Row:
+    """Gate and up in one array."""
+    names = tuple(_FFN + f"{torch}{part}_proj" for part in ("gate", "up"))
+    return Row(jax, shape, "split", names, _gguf_pair(gguf), int4=True, needs=needs)
+
+
+def _down(jax: str, shape: str, torch: str, gguf: str, needs: str, in_out: bool = False) -> Row:
+    name, there = _FFN + f"{torch}down_proj", _BLOCK + f"ffn_down{gguf}.weight"
+    return Row(jax, shape, "transpose", (name,), (there,), int4=True, needs=needs, in_out=in_out)
+
+
+def _gguf_pair(suffix: str) -> tuple[str, str]:
+    return _BLOCK + f"ffn_gate{suffix}.weight", _BLOCK + f"ffn_up{suffix}.weight"
+
+
 TABLE = (
-    Row("embed/embedding", "V D", "copy", ("model.embed_tokens",), int4=True),
-    Row("final_norm/scale", "D", "copy", ("model.norm.weight",)),
-    Row("layers/attention_norm/scale", "D", "copy", (_LAYER + "input_layernorm.weight",)),
-    Row("layers/ffn_norm/scale", "D", "copy", (_LAYER + "post_attention_layernorm.weight",)),
-    *(
-        Row(f"layers/attention/{part}/kernel", shape, "transpose", (_LAYER + f"self_attn.{part}_proj",), int4=True)
-        for part, shape in (("q", "D NH"), ("k", "D GH"), ("v", "D GH"), ("o", "NH D"))
+    Row("embed/embedding", "V D", "copy", ("model.embed_tokens",), ("token_embd.weight",), int4=True),
+    _norm("final_norm", "model.norm", "output_norm"),
+    _norm("layers/attention_norm", _LAYER + "input_layernorm", _BLOCK + "attn_norm"),
+    _norm("layers/ffn_norm", _LAYER + "post_attention_layernorm", _BLOCK + "ffn_norm"),
+    _attention("q", "D NH", "attn_q"),
+    _attention("k", "D GH", "attn_k"),
+    _attention("v", "D GH", "attn_v"),
+    _attention("o", "NH D", "attn_output"),
+    Row(
+        "layers/ffn/router/kernel",
+        "D E",
+        "transpose",
+        (_FFN + "router.weight",),
+        (_BLOCK + "ffn_gate_inp.weight",),
+        needs="moe",
     ),
-    Row("layers/ffn/router/kernel", "D E", "transpose", (_FFN + "router.weight",), needs="moe"),
-    Row("layers/ffn/router/bias", "E", "copy", (_FFN + "expert_bias",), needs="moe"),
+    Row(
+        "layers/ffn/router/bias", "E", "copy", (_FFN + "expert_bias",), (_BLOCK + "exp_probs_b.bias",), needs="moe"
+    ),
     Row(
         "layers/ffn/experts/gate_up",
         "E D 2F",
         "transpose",
         (_FFN + "experts.gate_up_proj",),
+        _gguf_pair("_exps"),
         int4=True,
         needs="moe",
+        in_out=True,
     ),
-    Row("layers/ffn/experts/down", "E F D", "transpose", (_FFN + "experts.down_proj",), int4=True, needs="moe"),
-    Row(
-        "layers/ffn/shared/gate_up",
-        "D 2 S",
-        "split",
-        (_FFN + "shared_expert.gate_proj", _FFN + "shared_expert.up_proj"),
-        int4=True,
-        needs="shared",
-    ),
-    Row(
-        "layers/ffn/shared/down", "S D", "transpose", (_FFN + "shared_expert.down_proj",), int4=True, needs="shared"
-    ),
-    Row("layers/ffn/gate_up", "D 2 W", "split", (_FFN + "gate_proj", _FFN + "up_proj"), int4=True, needs="dense"),
-    Row("layers/ffn/down", "W D", "transpose", (_FFN + "down_proj",), int4=True, needs="dense"),
+    _down("layers/ffn/experts/down", "E F D", "experts.", "_exps", "moe", in_out=True),
+    _pair("layers/ffn/shared/gate_up", "D 2 S", "shared_expert.", "_shexp", "shared"),
+    _down("layers/ffn/shared/down", "S D", "shared_expert.", "_shexp", "shared"),
+    _pair("layers/ffn/gate_up", "D 2 W", "", "", "dense"),
+    _down("layers/ffn/down", "W D", "", "", "dense"),
 )
 
 
@@ -136,6 +171,79 @@ def to_jax(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, 
         layers = [_undo(row, [tensors[name.format(layer)] for name in row.torch]) for layer in _layers(row, config)]
         parameters[row.jax] = np.stack(layers) if row.stacked else layers[0]
     return parameters
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """A tensor of a Hugging Face file in its float form."""
+
+    name: str
+    shape: tuple[int, ...]
+    row: Row
+    layer: int
+
+    @property
+    def codes(self) -> str:
+        """Name of the packed codes of an INT4 tensor."""
+        return f"{self.name.removesuffix('_proj')}_qweight" if self.row.in_out else f"{self._module}.qweight"
+
+    @property
+    def scales(self) -> str:
+        """Name of the scales of an INT4 tensor."""
+        return f"{self.name.removesuffix('_proj')}_scale" if self.row.in_out else f"{self._module}.weight_scale"
+
+    @property
+    def _module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+
+def hf_tensors(config: ModelConfig) -> list[HfTensor]:
+    """Every tensor of the published layouts, in the order of the table, those of one row and layer side by side."""
+    letters, found = _letters(config), []
+    for row in rows(config):
+        shape = tuple(letters[letter] for letter in row.shape.split())
+        shape = shape if row.in_out else _laid_out_shape(row, shape)
+        for layer in _layers(row, config):
+            for name in (template.format(layer) for template in row.torch):
+                full = name if row.in_out or not row.int4 else f"{name}.weight"
+                found.append(HfTensor(full, shape, row, layer))
+    return found
+
+
+def to_hf(row: Row, value: np.ndarray) -> list[np.ndarray]:
+    """One layer's JAX array as the Hugging Face tensors of the row, views where possible."""
+    return [value] if row.in_out else _lay_out(row, value)
+
+
+def from_hf(row: Row, parts: list[np.ndarray]) -> np.ndarray:
+    """Inverse of `to_hf`."""
+    return parts[0] if row.in_out else _undo(row, parts)
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor of a GGUF file: the output rows [start, start + height) of one PyTorch tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    torch: TorchTensor
+    start: int
+    rotated: bool
+
+
+def gguf_tensors(config: ModelConfig) -> list[GgufTensor]:
+    """Every tensor of the model in GGUF (llama.cpp's own additions aside), in the order of the table."""
+    letters, found = _letters(config), []
+    for row in rows(config):
+        shape = _laid_out_shape(row, tuple(letters[letter] for letter in row.shape.split()))
+        cuts = len(row.gguf) // len(row.torch)
+        part = (*shape[:-2], shape[-2] // cuts, shape[-1]) if cuts > 1 else shape
+        for layer in _layers(row, config):
+            for i, name in enumerate(row.gguf):
+                torch = TorchTensor(row.torch[i // cuts].format(layer), shape, row.int4)
+                start = i % cuts * part[-2] if cuts > 1 else 0
+                found.append(GgufTensor(name.format(layer), part, torch, start, row.rotated))
+    return found
 
 
 def _letters(config: ModelConfig) -> dict[str, int]:

@@ -27,6 +27,7 @@ from moe_jax.errors import UserError
 
 pb2: Any = _pb2  # its classes are made at run time
 Expected = Mapping[str, tuple[np.ndarray, np.ndarray]]
+_AT_HAND = 1 << 26  # bytes of a file that may stay in memory
 _EXPERT = re.compile(r"(?P<layer>.+)/(?P<expert>\d+)(_x\d+)?")  # a graph of one expert
 
 
@@ -89,7 +90,7 @@ def compare(model: memoryview, expected: Expected) -> Findings:
 
     `expected` maps a weight's name to codes int8 [..., out, in] and scales float16 [..., out, in/group].
     """
-    result, seen = Findings(), set()
+    result, left = Findings(), {}  # labels of each weight that was met, with their sizes, until they are met
     for names, expert, codes, scales in _tensors(model):
         unknown = [name for name in names if name not in expected]
         parts = [expected[n] if expert is None else _expert(expected[n], expert) for n in names if n in expected]
@@ -102,20 +103,24 @@ def compare(model: memoryview, expected: Expected) -> Findings:
         for name, (want_codes, want_scales), height in zip(names, parts, heights, strict=True):
             rows = slice(start, start := start + height)
             label = name if expert is None else f"{name}[{expert}]"
-            if label not in seen:
-                seen.add(label)
+            left[name] = left[name] if name in left else _labels(name, expected)
+            if left[name].pop(label, 0):
                 result.codes_checked += want_codes.size
                 result.scales_checked += want_scales.size
             for kind, got, want in (("codes", codes, want_codes), ("scales", scales, want_scales)):
                 count = want.size if got[rows].shape != want.shape else np.sum(got[rows] != want)
                 if count:
                     result.wrong(int(count), f"{label}: {count} of {want.size} {kind} differ")
-    for name, (codes, _) in expected.items():
-        labels = [name] if codes.ndim == 2 else [f"{name}[{e}]" for e in range(len(codes))]
-        for label in labels:
-            if label not in seen:
-                result.wrong(codes.size // len(labels), f"{label} is not in the file")
+    for name in expected:
+        for label, size in (left[name] if name in left else _labels(name, expected)).items():
+            result.wrong(size, f"{label} is not in the file")
     return result
+
+
+def _labels(name: str, expected: Expected) -> dict[str, int]:
+    """Codes of a weight, or of each of its experts."""
+    codes, _ = expected[name]
+    return {name: codes.size} if codes.ndim == 2 else {f"{name}[{e}]": codes[e].size for e in range(len(codes))}
 
 
 def _expert(weight: tuple[np.ndarray, np.ndarray], expert: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +131,7 @@ def _expert(weight: tuple[np.ndarray, np.ndarray], expert: int) -> tuple[np.ndar
 
 def _tensors(raw: memoryview) -> Iterator[tuple[list[str], int | None, np.ndarray, np.ndarray]]:
     """(names, expert, codes [out, in], scales [out, in/group]) of each INT4 tensor, once per buffer and label."""
-    model, seen = tflite.Model.GetRootAs(raw, 0), set()
+    model, seen, read = tflite.Model.GetRootAs(raw, 0), set(), 0
     for i in range(model.SubgraphsLength()):
         graph: Any = model.Subgraphs(i)
         inside = _EXPERT.fullmatch((graph.Name() or b"").decode())
@@ -143,6 +148,11 @@ def _tensors(raw: memoryview) -> Iterator[tuple[list[str], int | None, np.ndarra
             seen.add(key)
             shape = tensor.ShapeAsNumpy()
             packed = _content(raw, model, tensor)
+            if (read := read + packed.size) > _AT_HAND and isinstance(raw.obj, mmap.mmap):
+                raw.obj.madvise(
+                    mmap.MADV_DONTNEED
+                )  # what was read of a mapped file counts as memory of the process
+                read = 0
             nibbles = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.int8)
             values = _content(raw, model, scales).view(np.float16).reshape(scales.ShapeAsNumpy())
             yield label.split("+"), expert, ((nibbles ^ 8) - 8).reshape(shape), values

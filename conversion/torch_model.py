@@ -1,6 +1,6 @@
 """MobileMoE in PyTorch on INT4 weights, written once and run twice: as the reference and as what is exported.
 
-The module below holds only what stays float (norms, router, bias). Everything quantised goes through `Ops`, whose
+The module below holds only what stays float (norms and bias). Everything quantised goes through `Ops`, whose
 reference computes with the dequantised codes as XNNPACK does and whose other form (conversion.litert.markers)
 leaves a marker with the weight's name in the exported program.
 Legend: B batch, S sequence, T tokens (B*S), C cache length, D model, N query heads, G key/value heads, H head
@@ -9,6 +9,7 @@ width, E experts, K experts per token, F expert width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +32,10 @@ class Ops(Protocol):
 
     def linear(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         """x [..., in] times the weights [out, in], one below the other: [..., sum of out]."""
+        ...
+
+    def router(self, h: Tensor, name: str) -> Tensor:
+        """h [T, D] times the float32 weight [E, D], activations left alone: [T, E]."""
         ...
 
     def embedding(self, tokens: Tensor, name: str) -> Tensor:
@@ -59,11 +64,15 @@ class NoCache:
 
 
 class StaticCache:
-    """A cache of fixed length, written from position `first` (int32 [1]) on; `k` and `v` hold the new state."""
+    """A cache of fixed length, written from `start` on (`start_of`); `k` and `v` hold the new state."""
 
-    def __init__(self, k: list[Tensor], v: list[Tensor], first: Tensor):
-        self.k, self.v = list(k), list(v)
-        self._start = F.pad(first, (2, 1))  # positions are the third of four axes
+    def __init__(self, k: list[Tensor], v: list[Tensor], start: Tensor):
+        self.k, self.v, self._start = list(k), list(v), start
+
+    @staticmethod
+    def start_of(positions: Tensor) -> Tensor:
+        """Where int32 positions [S] begin in a cache: int32 [4], positions being the third of four axes."""
+        return F.pad(positions[:1], (2, 1))
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new positions and return the whole cache."""
@@ -87,6 +96,10 @@ class Reference:
     def linear(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         """See `Ops.linear`."""
         return self._round(x) @ self._float(names).T
+
+    def router(self, h: Tensor, name: str) -> Tensor:
+        """See `Ops.router`."""
+        return h @ torch.from_numpy(self._weights.float(name)).T
 
     def embedding(self, tokens: Tensor, name: str) -> Tensor:
         """See `Ops.embedding`."""
@@ -125,21 +138,17 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-class MobileMoE(nn.Module):
-    """The decoder. Methods are the stages of a forward pass, so that any cache and any head can be put on."""
+class Decoder(nn.Module):
+    """The model's stages, so that any cache and any head can be put on; `_float` says where norms and bias are."""
 
-    def __init__(self, weights: Weights, ops: Ops, length: int):
+    def __init__(self, config: ModelConfig, ops: Ops, length: int):
         """`length` is the number of positions that the rotary tables cover."""
         super().__init__()
-        self.config, self.ops = weights.config, ops
-        int4 = set(weights.int4_names())
-        for name in weights.names():
-            if name not in int4:
-                self.register_buffer(_flat(name), torch.from_numpy(weights.float(name)))
-        cos, sin = rotary_tables(weights.config, length)
+        self.config, self.ops = config, ops
+        cos, sin = rotary_tables(config, length)
         self.register_buffer("cos", torch.from_numpy(cos))
         self.register_buffer("sin", torch.from_numpy(sin))
-        self.register_buffer("turn", torch.from_numpy(_quarter_turn(weights.config.head_dim)))
+        self.register_buffer("turn", torch.from_numpy(_quarter_turn(config.head_dim)))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] of int32 tokens [B, S] without a cache: the parity reference."""
@@ -150,17 +159,29 @@ class MobileMoE(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """Normed state [B, S, D] of tokens [B, S] at int32 positions [S]; mask [1, 1, S, C] is added to scores."""
+        x, *around = self.embed(tokens, positions, mask)
+        for layer in range(self.config.num_layers):
+            x = self.layer(layer, x, around, cache)
+        return self.final(x)
+
+    def embed(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """State [B, S, D], and what every layer looks at: cosines and sines [S, 1, H], mask of a group's rows."""
         c = self.config
         batch, length = tokens.shape
         x = self.ops.embedding(tokens.reshape(-1), EMBEDDING).reshape(batch, length, c.d_model)
         cos, sin = (torch_ops.rows(table, positions)[:, None] for table in (self.cos, self.sin))
         # Query heads of one group become rows of one product, so the mask repeats along the rows.
-        mask = torch.cat([mask] * (c.num_heads // c.num_kv_heads), dim=2)
-        for layer in range(c.num_layers):
-            h = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")
-            x = x + self._attention(layer, h, cos, sin, mask, cache)
-            h = self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")
-            x = x + self._feed_forward(f"model.layers.{layer}.feed_forward", h)
+        return x, cos, sin, torch.cat([mask] * (c.num_heads // c.num_kv_heads), dim=2)
+
+    def layer(self, layer: int, x: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
+        """The state [B, S, D] after one layer; `around` as `embed` gives it."""
+        h = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")
+        x = x + self._attention(layer, h, *around, cache)
+        h = self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")
+        return x + self._feed_forward(f"model.layers.{layer}.feed_forward", h)
+
+    def final(self, x: Tensor) -> Tensor:
+        """The normed state that the head takes."""
         return self._norm(x, "model.norm.weight")
 
     def head(self, x: Tensor) -> Tensor:
@@ -196,7 +217,7 @@ class MobileMoE(nn.Module):
 
     def route(self, name: str, h: Tensor, moe: MoEConfig) -> tuple[Tensor, Tensor]:
         """Chosen experts int32 [T, K] and their weights [T, K] for h [T, D]; the bias only helps choose."""
-        logits = h @ self._float(f"{name}.router.weight").T
+        logits = self.ops.router(h, f"{name}.router.weight")
         scores = torch.sigmoid(logits) if moe.score_func == "sigmoid" else logits.softmax(dim=-1)
         biased = scores + self._float(f"{name}.expert_bias") if moe.use_expert_bias else scores
         ids = torch_ops.top_k(biased, moe.num_experts_per_tok)
@@ -216,6 +237,21 @@ class MobileMoE(nn.Module):
 
     def _inverse_rms(self, x: Tensor) -> Tensor:
         return torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + self.config.norm_eps)
+
+    def _float(self, name: str) -> Tensor:
+        raise NotImplementedError
+
+
+class MobileMoE(Decoder):
+    """The whole model on weights at hand."""
+
+    def __init__(self, weights: Weights, ops: Ops, length: int):
+        """`length` as in `Decoder`."""
+        super().__init__(weights.config, ops, length)
+        int4 = set(weights.int4_names())
+        for name in weights.names():
+            if name not in int4:
+                self.register_buffer(_flat(name), torch.from_numpy(weights.float(name)))
 
     def _float(self, name: str) -> Tensor:
         return getattr(self, _flat(name))

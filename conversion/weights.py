@@ -1,40 +1,59 @@
 """The model's tensors on the PyTorch side: INT4 codes and scales, and the few floats, by name.
 
 Everything after this file (reference model, LiteRT, verifier) reads weights here and nowhere else; a code or a
-scale is computed once, from the float32 master weights of a QAT checkpoint, and never again.
+scale is computed once, from the float32 master weights of a QAT checkpoint, and never again. Tensors are read one
+at a time, from memory, a file or a generator, so that a model may be larger than what there is of memory.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from conversion import keymap
+from conversion.hf_int4 import masters
 from conversion.int4 import Int4, unpack_nibbles
 from moe_jax.config import ModelConfig
 from moe_jax.errors import UserError
+from moe_jax.ops import fake_quant
 from moe_jax.overrides import from_dict, to_dict
 
 _FORMAT = "mobilemoe-int4"
+_DTYPES = {"U8": np.dtype(np.uint8), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ROUNDED = 2**22  # weights that are rounded at once
+_AT_HAND = 6  # tensors read last that stay in memory: codes and scales of a layer's experts, and then some
+
+
+class Deferred(NamedTuple):
+    """An array that `read` gives when it is asked for."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
 
 
 class Weights:
     """Read-only tensors of one model; INT4 weights stay packed until they are asked for.
 
     `arrays` holds what a safetensors file would: `<name>.qweight` uint8 [..., out, in/2], `<name>.weight_scale`
-    float16 [..., out, in/group], and float32 tensors under their own names.
+    float16 [..., out, in/group], and float32 tensors under their own names; each an array or `Deferred`.
     """
 
-    def __init__(self, config: ModelConfig, group: int, arrays: Mapping[str, np.ndarray]):
+    def __init__(self, config: ModelConfig, group: int, arrays: Mapping[str, np.ndarray | Deferred]):
         self.config = config
         self.group = group
         self._arrays = dict(arrays)
+        self._read = lru_cache(_AT_HAND)(lambda name: self._arrays[name].read())
         self._check()
 
     def names(self) -> list[str]:
@@ -47,19 +66,29 @@ class Weights:
 
     def int4(self, name: str) -> Int4:
         """Codes and scales of an INT4 tensor [..., out, in]."""
-        return Int4(unpack_nibbles(self._arrays[f"{name}.qweight"]), self.scales(name))
+        return Int4(unpack_nibbles(self.packed(name)), self.scales(name))
 
     def packed(self, name: str) -> np.ndarray:
         """The codes of an INT4 tensor as the file holds them: uint8 [..., out, in/2], low nibble first."""
-        return self._arrays[f"{name}.qweight"]
+        return self.array(f"{name}.qweight")
 
     def scales(self, name: str) -> np.ndarray:
         """The float16 scales of an INT4 tensor [..., out, in/group]."""
-        return self._arrays[f"{name}.weight_scale"]
+        return self.array(f"{name}.weight_scale")
 
     def float(self, name: str) -> np.ndarray:
         """A tensor that is not quantised: norms, router, expert bias."""
-        return self._arrays[name]
+        return self.array(name)
+
+    def array(self, name: str) -> np.ndarray:
+        """A tensor by its name in a safetensors file."""
+        value = self._arrays[name]
+        return self._read(name) if isinstance(value, Deferred) else value
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape [..., out, in] of an INT4 tensor, without reading it."""
+        *lead, half = self._arrays[f"{name}.qweight"].shape
+        return (*lead, 2 * half)
 
     def fused(self, names: tuple[str, ...]) -> Int4:
         """Several [out, in] weights on one input, their rows one below the other."""
@@ -67,93 +96,165 @@ class Weights:
         return Int4(np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts]))
 
     def _check(self) -> None:
-        wanted: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-        for tensor in keymap.torch_tensors(self.config):
-            if not tensor.int4:
-                wanted[tensor.name] = (tensor.shape, np.dtype(np.float32))
-                continue
-            *lead, width = tensor.shape
-            if width % self.group:
-                raise UserError(
-                    f"{tensor.name} has input width {width}, no multiple of the group {self.group}; "
-                    f"use {-(-width // self.group) * self.group}"
-                )
-            wanted[f"{tensor.name}.qweight"] = ((*lead, width // 2), np.dtype(np.uint8))
-            shape = (*lead, width // self.group)
-            wanted[f"{tensor.name}.weight_scale"] = (shape, np.dtype(np.float16))
+        wanted = layout(self.config, self.group)
         if missing := sorted(wanted.keys() - self._arrays.keys()):
             raise UserError(f"the weights miss {keymap.listed(missing)}; export the model again")
         if extra := sorted(self._arrays.keys() - wanted.keys()):
             raise UserError(f"the weights hold unknown {keymap.listed(extra)}; they are of another model")
         for name, expected in wanted.items():
             array = self._arrays[name]
-            if (array.shape, array.dtype) != expected:
+            if (tuple(array.shape), array.dtype) != expected:
                 raise UserError(
-                    f"{name} is {array.dtype} {array.shape} where the configuration gives "
+                    f"{name} is {array.dtype} {tuple(array.shape)} where the configuration gives "
                     f"{expected[1]} {expected[0]}; they are of another model"
                 )
 
 
-def from_parameters(parameters: Mapping[str, np.ndarray], config: ModelConfig, group: int = 32) -> Weights:
+def layout(config: ModelConfig, group: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of every array of a model, floats first, then codes and scales of one tensor after another."""
+    floats: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    codes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    for tensor in keymap.torch_tensors(config):
+        if not tensor.int4:
+            floats[tensor.name] = (tensor.shape, np.dtype(np.float32))
+            continue
+        *lead, width = tensor.shape
+        if width % group:
+            raise UserError(
+                f"{tensor.name} has input width {width}, no multiple of the group {group}; "
+                f"use {-(-width // group) * group}"
+            )
+        codes[f"{tensor.name}.qweight"] = ((*lead, width // 2), np.dtype(np.uint8))
+        codes[f"{tensor.name}.weight_scale"] = ((*lead, width // group), np.dtype(np.float16))
+    return floats | codes
+
+
+def from_parameters(parameters: Mapping[str, Any], config: ModelConfig, group: int = 32) -> Weights:
     """Quantise JAX parameters (float32 by path, layers stacked) on the grid of QAT."""
-    arrays = {}
+    return Weights(config, group, dict(quantised(parameters, config, group)))
+
+
+def quantised(
+    parameters: Mapping[str, Any], config: ModelConfig, group: int = 32
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of `from_parameters` one after another; a parameter needs a shape and layers by index only."""
     for tensor, value in keymap.to_torch(parameters, config):
-        if tensor.int4:
-            quantised = Int4.from_float(value, group)
-            arrays[f"{tensor.name}.qweight"] = quantised.packed
-            arrays[f"{tensor.name}.weight_scale"] = quantised.scales
-        else:
-            arrays[tensor.name] = value
-    return Weights(config, group, arrays)
+        if not tensor.int4:
+            yield tensor.name, value
+            continue
+        rows = value.reshape(-1, value.shape[-1])
+        # In pieces, because rounding takes several times the memory of what is rounded.
+        count = math.ceil(rows.size / _ROUNDED)
+        parts = [Int4.from_float(part, group) for part in np.array_split(rows, count)]
+        packed, scales = (np.concatenate(p) for p in zip(*((q.packed, q.scales) for q in parts), strict=True))
+        yield f"{tensor.name}.qweight", packed.reshape(*value.shape[:-1], -1)
+        yield f"{tensor.name}.weight_scale", scales.reshape(*value.shape[:-1], -1)
 
 
 def random(config: ModelConfig, seed: int = 0, group: int = 32) -> Weights:
-    """`random_parameters`, quantised."""
-    return from_parameters(random_parameters(config, seed), config, group)
+    """Random weights of any size, every kind of tensor non-trivial; each is made when it is read, always alike."""
+    wanted = layout(config, group).items()
+    arrays = {n: Deferred(s, t, partial(_random_array, n, s, t, seed, group)) for n, (s, t) in wanted}
+    return Weights(config, group, arrays)
 
 
-def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random JAX parameters, every kind of tensor non-trivial, for tests and speed measurements."""
-    rng = np.random.default_rng(seed)
-    parameters = {}
-    for path, shape in keymap.jax_shapes(config).items():
-        if path.endswith("scale"):
-            parameters[path] = rng.uniform(0.5, 1.5, shape).astype(np.float32)
-        elif path.endswith("bias"):
-            parameters[path] = rng.normal(0, 0.1, shape).astype(np.float32)
-        else:
-            width = shape[-3] if "gate_up" in path and "experts" not in path else shape[-2]
-            # A small embedding lets the layers, not the input token, decide the tied head's answer.
-            deviation = 0.1 if path.startswith("embed") else width**-0.5
-            parameters[path] = deviation * rng.standard_normal(shape, np.float32)
-    return parameters
+def random_parameters(config: ModelConfig, seed: int = 0, group: int = 32) -> dict[str, np.ndarray]:
+    """Float32 JAX parameters whose quantisation is `random`, code for code."""
+    source = random(config, seed, group)
+    int4 = set(source.int4_names())
+    floats = {name: masters(source.int4(name)) if name in int4 else source.float(name) for name in source.names()}
+    return keymap.to_jax(floats, config)
+
+
+def _random_array(name: str, shape: tuple[int, ...], dtype: np.dtype, seed: int, group: int) -> np.ndarray:
+    rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+    if name.endswith(".qweight"):
+        size = math.prod(shape)
+        packed = _UNBIASED[rng.integers(0, 2**64, -(-size // 8), np.uint64).view(np.uint8)[:size]]
+        # Every group holds one end of the grid, so that its scale follows from its values: see `masters`.
+        first = packed[:: group // 2]
+        first[:] = (first & 0xF0) | np.where(first & 0x10, 8, 7).astype(np.uint8)
+        return packed.reshape(shape)
+    if name.endswith(".weight_scale"):
+        # A small embedding lets the layers, not the input token, decide the tied head's answer.
+        deviation = 0.1 if "embed" in name else (shape[-1] * group) ** -0.5
+        return _bfloat16(rng.uniform(0.75, 1.25, shape).astype(np.float32) * (deviation / _DEVIATION))
+    if name.endswith("expert_bias"):
+        return rng.normal(0, 0.02, shape).astype(np.float32)
+    if name.endswith("router.weight"):
+        return rng.standard_normal(shape, np.float32) * np.float32(shape[-1] ** -0.5)
+    return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+
+
+# Two codes of a byte, with 0 in place of -8, which has no opposite; and how far such codes spread.
+_UNBIASED = np.arange(256, dtype=np.uint8)
+_UNBIASED[_UNBIASED & 0x0F == 0x08] &= 0xF0
+_UNBIASED[_UNBIASED & 0xF0 == 0x80] &= 0x0F
+_DEVIATION = math.sqrt(2 * sum(i * i for i in range(1, 8)) / 16)
+
+
+def _bfloat16(scales: np.ndarray) -> np.ndarray:
+    """Scales as the grid has them: exact in bfloat16 and float16."""
+    cut = (scales.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    return np.maximum(cut, np.float32(fake_quant.SMALLEST_SCALE)).astype(np.float16)
 
 
 def save_safetensors(weights: Weights, path: str | Path) -> None:
     """Write one safetensors file with the configuration in its metadata; written aside, then renamed."""
+    arrays = ((name, weights.array(name)) for name in layout(weights.config, weights.group))
+    write_safetensors(arrays, weights.config, weights.group, path)
+
+
+def write_safetensors(
+    arrays: Iterable[tuple[str, np.ndarray]], config: ModelConfig, group: int, path: str | Path
+) -> None:
+    """`save_safetensors` of arrays that come one at a time, in any order."""
     path = Path(path)
-    described = {"format": _FORMAT, "group_size": weights.group, "config": to_dict(weights.config)}
-    # One key, because safetensors writes several in random order.
-    metadata = {"mobilemoe": json.dumps(described, sort_keys=True)}
+    described = {"format": _FORMAT, "group_size": group, "config": to_dict(config)}
+    header: dict[str, Any] = {"__metadata__": {"mobilemoe": json.dumps(described, sort_keys=True)}}
+    end = 0
+    for name, (shape, dtype) in layout(config, group).items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 64)
     aside = path.with_name(f".{path.name}.partial")
     try:
-        save_file(weights._arrays, aside, metadata)
+        with aside.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, array in arrays:
+                file.seek(8 + len(text) + header[name]["data_offsets"][0])
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"cannot write {path}: {error}; free the disk or choose another") from error
     finally:
         aside.unlink(missing_ok=True)
 
 
 def load_safetensors(path: str | Path) -> Weights:
-    """Read a file of `save_safetensors`; a tensor missing, added or of another shape or type is a UserError."""
+    """Open a file of `save_safetensors`; a tensor missing, added or of another shape or type is a UserError."""
     try:
-        with safe_open(path, "np") as file:
+        with safe_open(path, "np") as file:  # checks the header and that all of the data is there
             described = json.loads((file.metadata() or {}).get("mobilemoe", "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with Path(path).open("rb") as raw:
+            start = 8 + int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(start - 8))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is no readable safetensors file ({error}); export it again") from None
+    header.pop("__metadata__", None)
+    arrays = {name: _in_file(path, start, **fields) for name, fields in header.items()}
     if described.get("format") != _FORMAT:
         raise UserError(f"{path} is not of format {_FORMAT}; export it with this project")
     config = from_dict(ModelConfig, described["config"])
     return Weights(config, described["group_size"], arrays)
+
+
+def _in_file(path: str | Path, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Deferred:
+    """Read, not mapped: what was read of a mapped file counts as memory of the process."""
+
+    def read() -> np.ndarray:
+        return np.fromfile(path, kind, math.prod(shape), offset=start + data_offsets[0]).reshape(shape)
+
+    kind = _DTYPES.get(dtype, np.dtype(object))
+    return Deferred(tuple(shape), kind, read)

@@ -18,6 +18,7 @@ from conversion.int4 import Int4
 from conversion.litert.flatbuffer import Graph, Kind, Model, Out, Stored
 
 F32, I32, BOOL = "float32", "int32", "bool"
+Bank = Int4 | Sequence[Stored]  # one matrix of each expert, at hand or in the file already
 # XNNPACK's AVX-512 kernel takes 14 rows at once: 2 rows cost what 14 do, 16 cost twice as much, and 1 row,
 # which has its own kernel, half. Chosen on x86; Arm was not measured.
 _TILES = (4, 8, 14, 28)
@@ -27,20 +28,15 @@ _FEW = 2.5  # mean rows of an expert up to which single rows beat tiles
 class Experts:
     """One layer's experts in a file: weights stored once, subgraphs made once per tile size."""
 
-    def __init__(self, model: Model, gate_up: Int4, down: Int4, activation: str, name: str = "experts") -> None:
+    def __init__(self, model: Model, gate_up: Bank, down: Bank, activation: str, name: str = "experts") -> None:
         """Codes of `gate_up` are [E, 2F, D], gate rows first, of `down` [E, D, F]; E >= 2."""
         if activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"activation {activation!r} is neither silu nor gelu_tanh")
         self.model, self.activation, self.name = model, activation, name
-        self.width = down.codes.shape[1]
-
-        def store(codes: np.ndarray, scales: np.ndarray) -> Stored:
-            return model.store(Int4(codes, scales))
-
-        self._weights = [
-            (store(gate_up.codes[e], gate_up.scales[e]), store(down.codes[e], down.scales[e]))
-            for e in range(len(gate_up.codes))
-        ]
+        count = len(gate_up.codes if isinstance(gate_up, Int4) else gate_up)
+        # One expert's weights lie side by side in the file: one that nobody asks for is never read.
+        self._weights = [(_one(model, gate_up, e), _one(model, down, e)) for e in range(count)]
+        self.width = self._weights[0][1].shape[0]
         self._leaves: dict[int, list[Graph]] = {}
         self._skips: dict[int, Graph] = {}
         self._groups: dict[int, list[Graph]] = {}
@@ -112,6 +108,10 @@ class Experts:
             self._skips[rows], (total, *_) = self.graph(f"skip_x{rows}", *inputs)
             self._skips[rows].outputs = [total]
         return self._leaves[rows][e], self._skips[rows]
+
+
+def _one(model: Model, bank: Bank, e: int) -> Stored:
+    return model.store(Int4(bank.codes[e], bank.scales[e])) if isinstance(bank, Int4) else bank[e]
 
 
 def feed_forward(g: Graph, x: int, weights: tuple[Stored, Stored], activation: str) -> int:

@@ -11,17 +11,15 @@ else. A tensor is its index within its `Graph`; a new output is `(shape, type)`,
     s = g.add("LOGISTIC", [h], g.like(h))      # any builtin; options by the schema's names: axis=1
     g.outputs = [g.add("MUL", [h, s], g.like(h))]
     m.signature("decode", g, {"x": x}, {"y": g.outputs[0]})
-    for op in g.custom_ops("marker"):          # surgery: what is added inside takes the place of `op`
-        with g.replace(op):
-            g.fully_connected(op.inputs[0], g.int4(w), out=op.outputs[0])
-    m.sweep(); m.write(path)                   # drop what nothing refers to; same model, same bytes
+    m.write(path)                              # the same model gives the same bytes
 """
 
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import struct
+from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +30,7 @@ from ai_edge_litert import schema_py_generated as schema
 from conversion.int4 import Int4, unpack_nibbles
 
 _ALIGN = 64  # bytes between the starts of buffers that lie behind the root
+_OFFSET_FIELD = 6  # where a buffer's vtable says where its offset is
 _INLINE_LIMIT = 1 << 30  # a flatbuffer ends at 2 GiB; beyond this, weights go behind the root
 _TYPES = {
     "float32": schema.TensorType.FLOAT32,
@@ -44,6 +43,7 @@ _TYPES = {
     "int4": schema.TensorType.INT4,
 }
 _TYPE_NAMES = {code: name for name, code in _TYPES.items()}
+BUILTIN_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
 # Ops whose options table is not their own name in camel case.
 _REDUCTIONS = ("SUM", "MEAN", "REDUCE_MAX", "REDUCE_MIN", "REDUCE_ANY", "REDUCE_ALL", "REDUCE_PROD")
 _OPTIONS = {
@@ -58,6 +58,7 @@ _OPTIONS = {
 }
 Kind = tuple[Sequence[int], str]  # shape and type of a tensor
 Out = int | Kind  # an existing tensor, or a new one
+Read = Callable[[], np.ndarray]
 
 
 class Stored(NamedTuple):
@@ -98,9 +99,11 @@ class Model:
 
         `behind_root` puts buffers after the flatbuffer, where its limit of 2 GiB does not hold.
         """
-        sizes = [0 if b.data is None else len(b.data) for b in self.t.buffers]
+        sizes = [
+            b.length if isinstance(b, _Later) else len(() if b.data is None else b.data) for b in self.t.buffers
+        ]
         if behind_root is None:
-            behind_root = sum(sizes) > _INLINE_LIMIT
+            behind_root = sum(sizes) > _INLINE_LIMIT or any(isinstance(b, _Later) for b in self.t.buffers)
         aside = Path(f"{path}.partial")
         try:
             with aside.open("wb") as f:
@@ -116,21 +119,24 @@ class Model:
     def _write_behind_root(self, f: Any, sizes: list[int]) -> None:
         contents = [b.data for b in self.t.buffers]
         try:
-            # Two passes: offsets are fixed-width fields, so the root's length does not depend on them.
-            end = 2
-            for _ in range(2):
-                for buffer, size in zip(self.t.buffers, sizes, strict=True):
-                    buffer.data = None
-                    if size:
-                        buffer.offset, buffer.size = end, size
-                        end = _round_up(end + size, _ALIGN)
-                root = self._pack(0)
-                end = _round_up(len(root), _ALIGN)
+            for buffer, size in zip(self.t.buffers, sizes, strict=True):
+                buffer.data, buffer.offset, buffer.size = None, 2 * bool(size), size  # 0 and 1 stand for no offset
+            root = self._pack(0)
+            end, packed = _round_up(len(root), _ALIGN), schema.Model.GetRootAs(root)
+            for i, size in enumerate(sizes):
+                if size:  # now that the root's length is known
+                    table: Any = packed.Buffers(i)._tab
+                    struct.pack_into("<Q", root, table.Pos + table.Offset(_OFFSET_FIELD), end)
+                    end = _round_up(end + size, _ALIGN)
             f.write(root)
-            for buffer, data in zip(self.t.buffers, contents, strict=True):
-                if buffer.size:
-                    f.write(b"\0" * (buffer.offset - f.tell()))
-                    f.write(np.ascontiguousarray(data, np.uint8).data)
+            for buffer, data, size in zip(self.t.buffers, contents, sizes, strict=True):
+                if size:
+                    f.write(b"\0" * (-f.tell() % _ALIGN))
+                    data = buffer.read() if isinstance(buffer, _Later) else data
+                    content = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+                    if len(content) != size:
+                        raise ValueError(f"a buffer of {size} bytes was given {len(content)}")
+                    f.write(content.data)
         finally:
             for buffer, data in zip(self.t.buffers, contents, strict=True):
                 buffer.data, buffer.offset, buffer.size = data, 0, 0
@@ -160,9 +166,20 @@ class Model:
         packed, scales = self.buffer(weight.packed), self.buffer(weight.scales.astype(np.float16))
         return Stored(packed, scales, (rows, columns), weight.group)
 
+    def store_later(self, shape: tuple[int, int], group: int, packed: Read, scales: Read) -> Stored:
+        """`store` of a weight that is read when the file is written: nibbles [out, in/2] and scales."""
+        rows, columns = shape
+        for length, read in ((rows * columns // 2, packed), (rows * columns // group * 2, scales)):
+            self.t.buffers.append(_Later(length, read))
+        last = len(self.t.buffers) - 1
+        return Stored(last - 1, last, shape, group)
+
     def opcode(self, name: str, version: int = 1, custom: str | None = None) -> int:
         """The index of an operator code, made at first use."""
-        code = getattr(schema.BuiltinOperator, name)
+        return self.opcode_of(getattr(schema.BuiltinOperator, name), version, custom)
+
+    def opcode_of(self, code: int, version: int = 1, custom: str | None = None) -> int:
+        """`opcode` by the schema's number."""
         for i, known in enumerate(self.t.operatorCodes):
             if (known.builtinCode, known.version) == (code, version) and (
                 custom is None or _text(known.customCode) == custom
@@ -184,23 +201,6 @@ class Model:
         """Name a subgraph's inputs and outputs for callers."""
         given, got = ([schema.TensorMapT(n, i) for n, i in d.items()] for d in (inputs, outputs))
         self.t.signatureDefs.append(schema.SignatureDefT(given, got, key, graph.index))
-
-    def sweep(self) -> None:
-        """Drop tensors, buffers and operator codes that nothing refers to. Graphs stay."""
-        for g in self.graphs:
-            g._sweep([s for s in self.t.signatureDefs if s.subgraphIndex == g.index])
-        used = {t.buffer for g in self.graphs for t in g.t.tensors} | {0}
-        used |= {m.buffer for m in self.t.metadata or []}
-        new = {old: i for i, old in enumerate(sorted(used))}
-        self.t.buffers = [self.t.buffers[old] for old in sorted(used)]
-        for t in [t for g in self.graphs for t in g.t.tensors] + list(self.t.metadata or []):
-            t.buffer = new[t.buffer]
-        self._digests = {k: new[i] for k, i in self._digests.items() if i in new}
-        ops = [op for g in self.graphs for op in g.ops]
-        codes = sorted({op.opcodeIndex for op in ops})
-        self.t.operatorCodes = [self.t.operatorCodes[c] for c in codes]
-        for op in ops:
-            op.opcodeIndex = codes.index(op.opcodeIndex)
 
 
 class Graph:
@@ -322,40 +322,30 @@ class Graph:
             out = ((*self.shape(ids), self.shape(table)[1]), "float32")
         return self.add("EMBEDDING_LOOKUP", [ids, table], out, version=4)
 
-    def custom_ops(self, name: str) -> list[Any]:
-        """The CUSTOM operators of that name, in order."""
-        codes = self.model.t.operatorCodes
-        return [op for op in self.ops if _text(codes[op.opcodeIndex].customCode) == name]
+    def copy(self, op: Any, source: "Graph", known: dict[int, int], label: str) -> None:
+        """Append an operator of another file's graph; `known`, its tensors to mine, grows by those it brings along.
 
-    @contextmanager
-    def replace(self, op: Any) -> Iterator[None]:
-        """Ops added inside take the place of `op`; one of them must write `op.outputs`."""
-        at = next(i for i, known in enumerate(self.ops) if known is op)
-        tail = self.ops[at + 1 :]
-        del self.ops[at:]
-        try:
-            yield
-        finally:
-            self.ops.extend(tail)
+        Its constants come with it, stored once; its other tensors get the name `label` and the operator's.
+        """
+        code = source.model.t.operatorCodes[op.opcodeIndex]
+        t = copy(op)
+        t.opcodeIndex = self.model.opcode_of(code.builtinCode, code.version, _text(code.customCode))
+        name = f"{label}/{BUILTIN_NAMES[code.builtinCode].lower()}"
+        for i in {int(i) for i in (*op.inputs, *op.outputs)} - {-1, *known}:
+            data = source.model.t.buffers[source.t.tensors[i].buffer].data
+            known[i] = self.const(source.array(i)) if data is not None else self.tensor(*source.like(i), name)
+        t.inputs, t.outputs = (
+            np.array([known.get(int(i), -1) for i in v], np.int32) for v in (op.inputs, op.outputs)
+        )
+        self.ops.append(t)
 
-    def _sweep(self, signatures: list[Any]) -> None:
-        tensors = self.t.tensors
-        named = [m for s in signatures for m in [*(s.inputs or []), *(s.outputs or [])]]
-        used = {*self.inputs, *self.outputs, *(m.tensorIndex for m in named)}
-        used |= {int(i) for op in self.ops for i in (*op.inputs, *op.outputs)} - {-1}
-        blockwise = schema.BlockwiseQuantizationT
-        details = {i: t.quantization.details for i, t in enumerate(tensors) if t.quantization}
-        details = {i: d for i, d in details.items() if i in used and isinstance(d, blockwise)}
-        used |= {d.scales for d in details.values()}
-        new = {old: i for i, old in enumerate(sorted(used))} | {-1: -1}
-        self.t.tensors = [tensors[i] for i in sorted(used)]
-        self.t.inputs, self.t.outputs = ([new[i] for i in v] for v in (self.inputs, self.outputs))
-        for op in self.ops:
-            op.inputs, op.outputs = (np.array([new[int(i)] for i in v], np.int32) for v in (op.inputs, op.outputs))
-        for d in details.values():
-            d.scales = new[d.scales]
-        for m in named:
-            m.tensorIndex = new[m.tensorIndex]
+
+class _Later(schema.BufferT):
+    """A buffer whose content is read when the file is written."""
+
+    def __init__(self, length: int, read: Read) -> None:
+        super().__init__()
+        self.length, self.read = length, read
 
 
 class _AlignedBuffer(schema.BufferT):

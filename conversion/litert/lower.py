@@ -1,50 +1,71 @@
-"""From weights to a .tflite: litert-torch lowers a skeleton without INT4 weights, surgery puts the integers in.
+"""From weights to a .tflite: litert-torch lowers one layer of a call, which is stamped once for every layer.
 
-The skeleton holds markers, norms and routers only, so the converter's memory does not grow with the experts; the
-codes and scales of the checkpoint go straight into the file and are never seen as floats.
+What is lowered holds markers and takes norms and bias as inputs, so the converter's time and memory grow with
+neither layers nor experts; stamping puts in the ops of INT4 work and the floats. Codes and scales of the
+checkpoint go straight into the file, one tensor at a time, and are never seen as floats.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import litert_torch
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from conversion.litert import markers
 from conversion.litert.dense import DenseExperts
 from conversion.litert.experts import Experts, expand
-from conversion.litert.flatbuffer import Graph, Model, Stored
-from conversion.torch_model import MobileMoE, StaticCache
+from conversion.litert.flatbuffer import Graph, Kind, Model, Read, Stored
+from conversion.torch_model import Decoder, StaticCache
 from conversion.weights import Weights
+from moe_jax.config import ModelConfig
 from moe_jax.errors import UserError
 
 _FUSED = "+"  # between the names of weights whose rows are one tensor of the file
+_FIRST = "model.layers.0."  # the layer that stands for all
+_NORM = "model.norm.weight"
+_AROUND = ("cos", "sin", "rows", "start")  # what `embed` gives to every layer
+_SILENCE = 3.0  # seconds between two words on the progress
 
 
-class Step(nn.Module):
-    """One signature of the LiteRT-LM contract: tokens and cache in, cache and maybe last logits out."""
+class _Part(Decoder):
+    """Stages of the model whose floats are inputs, by the names that `_input` gives them."""
 
-    def __init__(self, model: MobileMoE, logits: bool):
-        super().__init__()
-        self.model, self.logits = model, logits
+    def _float(self, name: str) -> Tensor:
+        return self._given[_input(name)]
 
-    def forward(self, tokens: Tensor, input_pos: Tensor, mask: Tensor, **cache: Tensor) -> dict[str, Tensor]:
-        """tokens int32 [1, S], input_pos int32 [S], mask [1, 1, S, C], kv_cache_{k,v}_{layer} [1, G, C, H]."""
-        layers = range(self.model.config.num_layers)
-        keys = [cache[f"kv_cache_k_{i}"] for i in layers]
-        values = [cache[f"kv_cache_v_{i}"] for i in layers]
-        state = StaticCache(keys, values, input_pos[:1])
-        x = self.model.hidden(tokens, input_pos, mask, state)
-        out = {f"kv_cache_k_{i}": state.k[i] for i in layers}
-        out |= {f"kv_cache_v_{i}": state.v[i] for i in layers}
-        return out | {"logits": self.model.head(x[:, -1:])} if self.logits else out
+
+class _Embed(_Part):
+    def forward(self, tokens: Tensor, input_pos: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        values = (*self.embed(tokens, input_pos, mask), StaticCache.start_of(input_pos))
+        return dict(zip(("x", *_AROUND), values, strict=True))
+
+
+class _Layer(_Part):
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, **given: Tensor) -> dict[str, Tensor]:
+        cos, sin, rows, start = (given.pop(name) for name in _AROUND)
+        self._given, cache = given, StaticCache([k], [v], start)
+        return {"x": self.layer(0, x, (cos, sin, rows), cache), "k": cache.k[0], "v": cache.v[0]}
+
+
+class _Head(_Part):
+    def forward(self, x: Tensor, **given: Tensor) -> dict[str, Tensor]:
+        self._given = given
+        return {"logits": self.head(self.final(x[:, -1:]))}
+
+
+def _input(name: str) -> str:
+    """How a float of the first layer is called among the inputs of the lowered one."""
+    return name.removeprefix(_FIRST).replace(".", "_")
 
 
 def cache_length(context: int, prefill: Sequence[int]) -> int:
@@ -56,20 +77,23 @@ def cache_length(context: int, prefill: Sequence[int]) -> int:
     return -(-(context + max(prefill) - 1) // 32) * 32
 
 
-def sample_inputs(weights: Weights, tokens: int, length: int) -> dict[str, Tensor]:
-    """Zero inputs of a signature for `tokens` new tokens and a cache of `length` positions."""
-    c = weights.config
-    shape = (1, c.num_kv_heads, length, c.head_dim)
-    names = [f"kv_cache_{part}_{i}" for part in "kv" for i in range(c.num_layers)]
-    return {
-        "tokens": torch.zeros(1, tokens, dtype=torch.int32),
-        "input_pos": torch.arange(tokens, dtype=torch.int32),
-        "mask": torch.zeros(1, 1, tokens, length),
-    } | {name: torch.zeros(shape) for name in names}
+def inputs(config: ModelConfig, tokens: int, length: int) -> dict[str, Kind]:
+    """Shape and type of a signature's inputs for `tokens` new tokens and a cache of `length` positions."""
+    cache = (1, config.num_kv_heads, length, config.head_dim), "float32"
+    names = [f"kv_cache_{part}_{i}" for part in "kv" for i in range(config.num_layers)]
+    mask = (1, 1, tokens, length), "float32"
+    known: dict[str, Kind] = {"tokens": ((1, tokens), "int32"), "input_pos": ((tokens,), "int32"), "mask": mask}
+    return known | dict.fromkeys(names, cache)
 
 
 def export_tflite(
-    weights: Weights, path: str | Path, context: int, prefill: Sequence[int] = (16, 128), *, dense: bool = False
+    weights: Weights,
+    path: str | Path,
+    context: int,
+    prefill: Sequence[int] = (16, 128),
+    *,
+    dense: bool = False,
+    say: Callable[[str], object] = lambda _: None,
 ) -> None:
     """Write the model with signatures `decode` and `prefill_<n>` for a context of `context` tokens.
 
@@ -81,68 +105,169 @@ def export_tflite(
     if not prefill or min(prefill) < 1 or max(prefill) > context:
         raise UserError(f"prefill lengths {tuple(prefill)} must lie between 1 and context {context}")
     length = cache_length(context, prefill)
-    with tempfile.TemporaryDirectory() as folder:
-        skeleton = Path(folder, "skeleton.tflite")
-        skeleton.write_bytes(_skeleton(weights, sorted(set(prefill)), length))
-        model = Model.read(skeleton)
-        _Surgeon(model, weights, dense).run()
-        model.sweep()
-        model.write(path)
+    calls = {f"prefill_{n}": n for n in sorted(set(prefill))} | {"decode": 1}
+    stamp = _Stamp(weights, _lowered(weights, calls, length), dense, say)
+    for name, tokens in calls.items():
+        stamp.signature(name, inputs(weights.config, tokens, length))
+    stamp.model.write(path)
 
 
-def _skeleton(weights: Weights, prefill: Sequence[int], length: int) -> bytes:
+def _lowered(weights: Weights, calls: Mapping[str, int], length: int) -> Model:
+    """A file with signatures `<call>/embed`, `<call>/layer` and, for decode, `decode/head`."""
     litert_torch.config.show_progress = False
-    model = MobileMoE(weights, markers.Markers(weights.config), length)
-    calls = [(f"prefill_{n}", n, False) for n in prefill] + [("decode", 1, True)]
-    converter = litert_torch.Converter()
-    for name, tokens, logits in calls:
-        inputs = sample_inputs(weights, tokens, length)
-        converter.signature(name, Step(model, logits).eval(), sample_kwargs=inputs)
+    c, ops, converter = weights.config, markers.Markers(weights.config), litert_torch.Converter()
+    floats = {_input(n): torch.from_numpy(weights.float(n)) for n in _floats(weights, 0)}
+    for call, tokens in calls.items():
+        kinds = inputs(c, tokens, length)
+        embed = _Embed(c, ops, length).eval()
+        start = {name: _zeros(kinds[name]) for name in ("tokens", "input_pos", "mask")}
+        converter.signature(f"{call}/embed", embed, sample_kwargs=start)
+        given = {"x": torch.zeros(1, tokens, c.d_model), "start": torch.zeros(4, dtype=torch.int32)}
+        given |= {name: _zeros(kinds[f"kv_cache_{name}_0"]) for name in "kv"}
+        given |= {name: torch.zeros(tokens, 1, c.head_dim) for name in ("cos", "sin")}
+        given |= {"rows": torch.zeros(1, 1, tokens * c.num_heads // c.num_kv_heads, length)} | floats
+        converter.signature(f"{call}/layer", _Layer(c, ops, 1).eval(), sample_kwargs=given)
+    head = {"x": torch.zeros(1, 1, c.d_model), _input(_NORM): torch.zeros(c.d_model)}
+    converter.signature("decode/head", _Head(c, ops, 1).eval(), sample_kwargs=head)
     with jax.enable_x64(True):  # as litert_torch sets it for itself, and markers.py takes back
-        return cast(Any, converter.convert()).model_content()
+        content = cast(Any, converter.convert()).model_content()
+    with tempfile.NamedTemporaryFile(suffix=".tflite") as file:
+        file.write(content)
+        file.flush()
+        return Model.read(file.name)
 
 
-class _Surgeon:
-    """Replaces markers; a weight is stored once however many graphs use it."""
+def _zeros(kind: Kind) -> Tensor:
+    return torch.zeros(tuple(kind[0]), dtype=getattr(torch, kind[1]))
 
-    def __init__(self, model: Model, weights: Weights, dense: bool):
-        self.model, self.weights = model, weights
+
+def _floats(weights: Weights, layer: int) -> list[str]:
+    """Norms and bias of a layer; the router is the weight of a marker."""
+    int4, prefix = set(weights.int4_names()), f"model.layers.{layer}."
+    names = [name for name in weights.names() if name.startswith(prefix) and name not in int4]
+    return [name for name in names if not name.endswith("router.weight")]
+
+
+class _Stamp:
+    """Puts parts together to the graphs of signatures; a weight is stored once however many graphs use it."""
+
+    def __init__(self, weights: Weights, parts: Model, dense: bool, say: Callable[[str], object]):
+        self.model, self.weights, self._say = Model(), weights, say
         self._form = DenseExperts if dense else Experts
+        self._int4 = set(weights.int4_names())
         self._stored: dict[tuple[str, ...], Stored] = {}
         self._experts: dict[str, Experts | DenseExperts] = {}
+        self._parts = {_text(s.signatureKey): (parts.graphs[s.subgraphIndex], s) for s in parts.t.signatureDefs}
+        self._bytes, self._done, self._begun, self._said = 0, 0, 0.0, 0.0
 
-    def run(self) -> None:
-        """Replace every marker of every signature."""
-        for graph in list(self.model.graphs):  # expansion appends the experts' graphs
-            self._each(graph, markers.LINEAR, self._linear)
-            self._each(graph, markers.EMBEDDING, self._embedding)
-            self._each(graph, markers.EXPERTS, self._expand)
+    def signature(self, call: str, kinds: Mapping[str, Kind]) -> None:
+        """Append the graph of one call."""
+        g, c = self.model.graph(call), self.weights.config
+        given = {name: g.input(*kind, name) for name, kind in kinds.items()}
+        state = self._put(g, f"{call}/embed", "", {n: i for n, i in given.items() if not n.startswith("kv_")})
+        x, outputs = state.pop("x"), {}
+        for layer in range(c.num_layers):
+            names = {"x": x} | {part: given[f"kv_cache_{part}_{layer}"] for part in "kv"}
+            names |= {_input(n): g.const(self.weights.float(_at(n, layer))) for n in _floats(self.weights, 0)}
+            # A prefill has no use for what the last layer makes of its keys and values.
+            wanted = ("k", "v") if layer + 1 == c.num_layers and call != "decode" else ("x", "k", "v")
+            made = self._put(g, f"{call}/layer", f"layer_{layer}", state | names, wanted, layer)
+            outputs |= {f"kv_cache_{part}_{layer}": made[part] for part in "kv"}
+            x = made.get("x", x)
+        if call == "decode":
+            norm = g.const(self.weights.float(_NORM))
+            outputs |= self._put(g, "decode/head", "head", {"x": x, _input(_NORM): norm})
+        g.outputs = list(outputs.values())
+        self.model.signature(call, g, given, outputs)
 
-    def _each(self, graph: Graph, code: str, put: Callable[..., Any]) -> None:
-        for op in graph.custom_ops(code):
-            names = tuple(json.loads(bytes(op.customOptions))["names"])
-            with graph.replace(op):
-                put(graph, names, [int(i) for i in op.inputs], int(op.outputs[0]))
+    def _put(
+        self,
+        g: Graph,
+        name: str,
+        label: str,
+        given: Mapping[str, int],
+        wanted: Sequence[str] | None = None,
+        layer: int = 0,
+    ) -> dict[str, int]:
+        """Append what of a part leads to `wanted`, by default to all its outputs: their tensors by name."""
+        part, signature = self._parts[name]
+        known = {m.tensorIndex: given[_text(m.name)] for m in signature.inputs}
+        outputs = {_text(m.name): m.tensorIndex for m in signature.outputs}
+        outputs = {n: outputs[n] for n in wanted or outputs}
+        needed, ops = set(outputs.values()), []
+        for op in reversed(part.ops):
+            if needed & {int(i) for i in op.outputs}:
+                needed |= {int(i) for i in op.inputs}
+                ops.append(op)
+        for op in reversed(ops):
+            code = _text(part.model.t.operatorCodes[op.opcodeIndex].customCode)
+            if code is None:
+                g.copy(op, part, known, label)
+                continue
+            names = tuple(_at(n, layer) for n in json.loads(bytes(op.customOptions))["names"])
+            out = int(op.outputs[0])
+            known[out] = g.tensor(*part.like(out), f"{label}/{names[0].removeprefix(_at(_FIRST, layer))}")
+            self._expand(g, code, names, [known[int(i)] for i in op.inputs], known[out])
+        return {n: known[i] for n, i in outputs.items()}
 
-    def _linear(self, graph: Graph, names: tuple[str, ...], inputs: list[int], out: int) -> None:
-        graph.fully_connected(inputs[0], self._weight(graph, names), out)
-
-    def _embedding(self, graph: Graph, names: tuple[str, ...], inputs: list[int], out: int) -> None:
-        graph.embedding_lookup(inputs[0], self._weight(graph, names), out)
-
-    def _expand(self, graph: Graph, names: tuple[str, ...], inputs: list[int], out: int) -> None:
-        (name,) = names
-        if name not in self._experts:
-            gate_up, down = (self.weights.int4(f"{name}.{p}_proj") for p in ("gate_up", "down"))
-            activation = self.weights.config.activation
-            self._experts[name] = self._form(self.model, gate_up, down, activation, name)
-        experts, (h, ids, mix) = self._experts[name], inputs
-        if isinstance(experts, Experts):
-            expand(graph, experts, h, ids, mix, out)
+    def _expand(self, g: Graph, code: str, names: tuple[str, ...], inputs: list[int], out: int) -> None:
+        """Put the ops of a marker in its place."""
+        if code == markers.LINEAR:
+            g.fully_connected(inputs[0], self._weight(g, names), out)
+        elif code == markers.EMBEDDING:
+            g.embedding_lookup(inputs[0], self._weight(g, names), out)
         else:
-            experts.expand(graph, h, ids, mix, out)
+            (name,), (h, ids, mix) = names, inputs
+            experts = self._experts.get(name) or self._experts.setdefault(name, self._bank(name))
+            if isinstance(experts, Experts):
+                expand(g, experts, h, ids, mix, out)
+            else:
+                experts.expand(g, h, ids, mix, out)
 
-    def _weight(self, graph: Graph, names: tuple[str, ...]) -> int:
+    def _bank(self, name: str) -> Experts | DenseExperts:
+        gate_up, down, activation = f"{name}.gate_up_proj", f"{name}.down_proj", self.weights.config.activation
+        if self._form is DenseExperts:
+            return DenseExperts(self.model, *map(self.weights.int4, (gate_up, down)), activation, name)
+        count = self.weights.shape(down)[0]
+        pairs = [(self._store((gate_up,), e), self._store((down,), e)) for e in range(count)]
+        return Experts(self.model, *(list(bank) for bank in zip(*pairs, strict=True)), activation, name)
+
+    def _weight(self, g: Graph, names: tuple[str, ...]) -> int:
+        label = _FUSED.join(names)
+        if names[0] not in self._int4:
+            return g.const(self.weights.float(names[0]), label)
         if names not in self._stored:
-            self._stored[names] = self.model.store(self.weights.fused(names))
-        return graph.int4(self._stored[names], _FUSED.join(names))
+            self._stored[names] = self._store(names)
+        return g.int4(self._stored[names], label)
+
+    def _store(self, names: tuple[str, ...], expert: int | None = None) -> Stored:
+        """Rows of all `names`, or the matrix of one expert: read when the file is written."""
+        shapes = [self.weights.shape(name)[-2:] for name in names]
+
+        def read(get: Callable[[str], np.ndarray]) -> np.ndarray:
+            parts = [get(name) if expert is None else get(name)[expert] for name in names]
+            return self._counted(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+        shape = sum(rows for rows, _ in shapes), shapes[0][1]
+        self._bytes += int(shape[0] * shape[1] * (0.5 + 2 / self.weights.group))
+        reads: list[Read] = [partial(read, get) for get in (self.weights.packed, self.weights.scales)]
+        return self.model.store_later(shape, self.weights.group, *reads)
+
+    def _counted(self, content: np.ndarray) -> np.ndarray:
+        now = time.monotonic()
+        self._begun, self._said = self._begun or now, self._said or now
+        if self._done and now - self._said > _SILENCE:
+            left = (now - self._begun) * (self._bytes / self._done - 1)
+            self._say(f"weights written: {100 * self._done // self._bytes} %, {left:.0f} s left")
+            self._said = now
+        self._done += content.nbytes
+        return content
+
+
+def _at(name: str, layer: int) -> str:
+    """A name of the first layer's, in another layer."""
+    return name.replace(_FIRST, f"model.layers.{layer}.", 1)
+
+
+def _text(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value

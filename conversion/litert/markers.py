@@ -40,6 +40,10 @@ class Markers:
         out = sum(self._shapes[name][0] for name in names)
         return torch.ops.moe_jax.linear(x, "+".join(names), out)
 
+    def router(self, h: Tensor, name: str) -> Tensor:
+        """Marker of a product with a float weight, which has the same spelling."""
+        return self.linear(h, (name,))
+
     def embedding(self, tokens: Tensor, name: str) -> Tensor:
         """Marker of a lookup."""
         return torch.ops.moe_jax.embedding(tokens, name, self._shapes[name][1])

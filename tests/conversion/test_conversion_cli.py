@@ -42,7 +42,7 @@ def test_every_command_shows_an_example(command, capsys):
         (["verify", "{none}", "{bundle}"], "no complete checkpoint"),
         (["verify", "{run}", "{run}/heldout.txt"], "no whole .litertlm"),
         (["bench", "{run}/heldout.txt"], "no whole .litertlm"),
-        (["bench", "{bundle}", "--prefill", "60", "--decode", "9"], "context of 64"),
+        (["bench", "{bundle}", "--prefill", "64", "--decode", "9"], "context of 64"),
         (["bench", "{bundle}", "--text", "{none}/*.txt", "--prefill", "8", "--decode", "4"], "no file"),
         (["chat", "{run}/heldout.txt", "--prompt", "x"], "no .litertlm bundle"),
         (["chat", "{bundle}", "--prompt", "word " * 100], "context"),

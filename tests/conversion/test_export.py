@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import resource
 from pathlib import Path
 
@@ -44,7 +45,11 @@ def test_a_run_becomes_a_bundle_and_a_safetensors_file_beside_it(run, tmp_path):
     saved, want = (weights.load_safetensors(tmp_path / "made" / "m.safetensors"), weights.random(SMALL))
     for name in want.int4_names():
         assert (saved.packed(name) == want.packed(name)).all()
-    assert len(said) == 3
+    assert len(said) == 4
+    assert result["mismatches"] == 0 and result["codes_checked"] == sum(
+        want.int4(n).codes.size for n in want.int4_names()
+    )
+    assert result["sha256"] == hashlib.sha256((tmp_path / "made" / "m.litertlm").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", ["m.litertlm", "m.safetensors"])

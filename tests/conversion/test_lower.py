@@ -31,8 +31,8 @@ def test_prefill_and_decode_give_the_logits_of_the_torch_model(exported):
     runtime = Interpreter(str(exported.tflite), num_threads=1)
     prefill = runtime.get_signature_runner("prefill_8")
     decode = runtime.get_signature_runner("decode")
-    empty = lower.sample_inputs(exported.weights, 1, LENGTH)
-    cache = {name: value.numpy() for name, value in empty.items() if name.startswith("kv_cache")}
+    kinds = lower.inputs(exported.weights.config, 1, LENGTH)
+    cache = {name: np.zeros(*kind) for name, kind in kinds.items() if name.startswith("kv_cache")}
     cache = prefill(**inputs(0, TOKENS[:, :8]), **cache)
     assert "logits" not in cache
     for position in range(8, 12):

@@ -27,7 +27,7 @@ def test_a_prefilled_cache_and_single_steps_equal_the_full_forward(config):
     for start, end in ((0, 7), *((i, i + 1) for i in range(7, 12))):
         positions = torch.arange(start, end, dtype=torch.int32)
         mask = torch.where(torch.arange(16)[None] <= positions[:, None], 0.0, -1e30)
-        cache = StaticCache(keys, values, positions[:1])
+        cache = StaticCache(keys, values, StaticCache.start_of(positions))
         tokens = torch.from_numpy(TOKENS[:1, start:end])
         logits = model.head(model.hidden(tokens, positions, mask[None, None], cache))
         keys, values = cache.k, cache.v

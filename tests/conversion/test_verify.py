@@ -91,11 +91,11 @@ def test_a_weight_that_is_not_in_the_file_is_a_mismatch(exported):
 
 @KINDS
 def test_the_whole_ladder_holds_for_a_random_model(run_dir, exported):
-    result = verify.verify(run_dir, exported.bundle, texts=2, tokens=24, probes=6, threads=1)
+    result = verify.verify(run_dir, exported.bundle, texts=2, tokens=20, probes=6, threads=1)
     # Random logits lie far apart in arithmetic and close together in rank, so choices may differ at a tie.
     assert [s for s in result["failed"] if "top1" not in s] == []
     parity = result["parity"]
-    assert result["export"]["codes_checked"] and parity["engine_tokens"] == 48
+    assert result["export"]["codes_checked"] and parity["engine_tokens"] == 40
     assert parity["jax_torch_max_abs"] < 1e-4 and parity["engine_top1_asked"] >= 4
     assert parity["engine_top1_agreement"] > 0.9
     assert parity["chat_start_tokens"] == 1 and parity["chat_wrong_ids"] == 0

@@ -1,0 +1,179 @@
+"""The commands that measure, predict and talk; what they need is imported when one runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moe_jax.command_line import add_command, add_json
+from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.errors import UserError
+from moe_jax.files import write_json
+from moe_jax.overrides import from_dict
+
+
+def add_commands(commands: Any, load: Callable[[str], RunConfig]) -> None:
+    """Add all of them; `load` finds a registered config."""
+    _add_bench(commands)
+    add_bench_layer(commands)
+    sub = add_command(
+        commands,
+        "roofline",
+        partial(_roofline, load=load),
+        "predict a phone's speed from bytes and products of a token, checked against published measurements",
+        'model.litertlm --phone "Galaxy S25"',
+        'mobilemoe_l --phone "Pixel 9"',
+    )
+    sub.add_argument("file", help="a bundle, a run folder or a registered config")
+    sub.add_argument("--phone", default="Galaxy S25", help="default: Galaxy S25; an unknown one lists those known")
+    add_json(sub)
+    _add_chat(commands)
+
+
+def _add_bench(commands: Any) -> None:
+    sub = add_command(
+        commands,
+        "bench",
+        _bench,
+        "measure speed, memory and load time in the stock engine on real text, each figure a median",
+        "model.litertlm --against dense.litertlm --json speed.json",
+        "model.litertlm --llama-cpp model.gguf --contexts 256,1024",
+        "model.litertlm --profile profile.svg",
+    )
+    sub.add_argument("bundle")
+    sub.add_argument("--against", "--dense", metavar="BUNDLE", help="another one, to compare with")
+    sub.add_argument(
+        "--llama-cpp",
+        metavar="GGUF",
+        nargs="?",
+        const="",
+        help="the same model in llama.cpp, if its package is installed (default: the bundle's name with .gguf)",
+    )
+    sub.add_argument("--prefill", type=_lengths, default=(), help="tokens of prompts (default 128,512,1024)")
+    sub.add_argument("--contexts", type=_lengths, default=(), help="where to write (default 256,1024,4096,8192)")
+    sub.add_argument("--decode", type=int, default=32, help="tokens to write at a time")
+    sub.add_argument("--texts", type=int, default=3, help="pieces of text, each a round of all models")
+    sub.add_argument("--text", default="stdlib:heldout", help="path, glob or part of the corpus")
+    sub.add_argument("--threads", type=int, default=2, help="most threads; every number up to it is measured")
+    sub.add_argument("--cache", metavar="DIR", help="where the engine keeps packed weights (default: temporary)")
+    sub.add_argument(
+        "--profile",
+        metavar="SVG",
+        help="instead: where the time goes by op and layer at --threads and the first of --contexts, drawn",
+    )
+    add_json(sub)
+
+
+def add_bench_layer(commands: Any) -> None:
+    """Add `bench-layer` alone."""
+    sub = add_command(
+        commands,
+        "bench-layer",
+        _bench_layer,
+        "measure one layer's routed experts against one dense feed-forward of the active size",
+        "--json layer.json",
+        "--experts kernel --tokens 1,128",
+    )
+    sub.add_argument("--experts", choices=("sparse", "kernel"), default="sparse", help="stock ops or the custom op")
+    sub.add_argument("--tokens", type=_lengths, default=(1, 128, 1024), help="default 1,128,1024")
+    sub.add_argument("--threads", type=int, default=2, help="most threads; every number up to it is measured")
+    for name, default in {"width": 768, "expert-width": 384, "count": 60, "choices": 4}.items():
+        sub.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    sub.add_argument("--seconds", type=float, default=0.5, help="of each form with each number of threads")
+    add_json(sub)
+
+
+def _add_chat(commands: Any) -> None:
+    sub = add_command(
+        commands,
+        "chat",
+        _chat,
+        "talk to a bundle: one answer with --prompt, else a conversation until the end of input",
+        "model.litertlm --prompt 'What does os.getcwd do?'",
+        "model.litertlm --show-experts",
+    )
+    sub.add_argument("bundle")
+    sub.add_argument("--prompt", help="one question")
+    sub.add_argument("--max-tokens", type=int, default=256, help="of each reply")
+    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--threads", type=int, default=2, help="CPU threads of the engine")
+    sub.add_argument(
+        "--show-experts",
+        action="store_true",
+        help="draw which experts each token of an answer used; runs the answer once more, token by token",
+    )
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _options(arguments: Any, *left_out: str) -> dict[str, Any]:
+    """What the command's function takes: its parameters bear the names of the options."""
+    return {k: v for k, v in vars(arguments).items() if k not in ("command", "json", *left_out)}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _finish(arguments: Any, text: str, result: Any) -> None:
+    print(text)
+    if arguments.json:
+        write_json(arguments.json, result)
+
+
+def _bench(arguments: Any) -> None:
+    if arguments.profile:
+        from conversion import bench_profile
+
+        context = {"context": arguments.contexts[0]} if arguments.contexts else {}
+        result = bench_profile.profile(
+            arguments.bundle, threads=arguments.threads, text=arguments.text, say=_say, **context
+        )
+        bench_profile.draw(result, arguments.profile)
+        return _finish(arguments, bench_profile.table(result), result)
+    from conversion import bench
+
+    if arguments.llama_cpp == "":
+        arguments.llama_cpp = Path(arguments.bundle).with_suffix(".gguf")
+    result = bench.bench(**_options(arguments, "profile"), say=_say)
+    return _finish(arguments, bench.table(result), result)
+
+
+def _bench_layer(arguments: Any) -> None:
+    from conversion import bench_layer
+
+    options = _options(arguments, "width", "expert_width", "count", "choices")
+    shape = arguments.width, arguments.expert_width, arguments.count, arguments.choices
+    result = bench_layer.bench_layer(**options, shape=shape, say=_say)
+    _finish(arguments, bench_layer.table(result), result)
+
+
+def _roofline(arguments: Any, load: Callable[[str], RunConfig]) -> None:
+    from conversion import roofline
+
+    def model(name: str) -> ModelConfig:
+        path = Path(name, "config.json")
+        if not path.exists():
+            return load(name).model
+        try:
+            return from_dict(RunConfig, json.loads(path.read_text())).model
+        except ValueError as error:
+            raise UserError(f"{path} cannot be read ({error}); name another run") from None
+
+    result = roofline.roofline(arguments.file, arguments.phone, model)
+    _finish(arguments, roofline.table(result), result)
+
+
+def _chat(arguments: Any) -> None:
+    from conversion.chat import chat
+
+    prompts = None if arguments.prompt is None else [arguments.prompt]
+    chat(prompts=prompts, **_options(arguments, "prompt"))

@@ -1,0 +1,84 @@
+"""One model in one engine in a process of its own, driven by lines of JSON: what `bench` compares.
+
+A process for each keeps their memory apart, and lets them take turns: whoever is not asked stands still. Lines come
+on standard input (`{"do": "prefill", ...}`), replies go to standard output; what the engines say goes to standard
+error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from moe_jax.errors import UserError
+
+
+class Model(Protocol):
+    """A loaded model with one running text."""
+
+    def prefill(self, text: str, ids: Sequence[int]) -> dict[str, float]:
+        """Start over and take in a text; `tokens` and `seconds` of that, `ttft`: seconds until the next token."""
+        ...
+
+    def start(self, decode: int) -> None:
+        """Begin another text, of which `decode` tokens at a time will be written."""
+        ...
+
+    def read(self, text: str, ids: Sequence[int]) -> dict[str, float]:
+        """Append a piece of text: `tokens` and `seconds`."""
+        ...
+
+    def write(self, ids: Sequence[int]) -> dict[str, float]:
+        """Append tokens one at a time: how many `tokens`, and `seconds`."""
+        ...
+
+
+def memory(pid: int | str = "self") -> dict[str, float]:
+    """Resident memory of a process in GB (1e9 bytes): the `peak` so far, and now what is its own and what of files.
+
+    Pages of a mapped file can be dropped and read again whenever memory is short; a process's own cannot.
+    """
+    found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
+    names = {"peak_rss_gb": "VmHWM", "anonymous_gb": "RssAnon", "files_gb": "RssFile"}
+    return {name: int(found[key]) * 1024 / 1e9 for name, key in names.items()}
+
+
+def main(kind: str, path: str, threads: str, last: str, flash: str = "") -> None:
+    """Load and serve until the input ends; `last` is a cache folder, for llama.cpp the longest context."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def reply(found: dict[str, Any]) -> None:
+        print(json.dumps(found | memory()), file=replies, flush=True)
+
+    try:
+        if kind == "litert":
+            from conversion.bench_litert import LiteRtLm
+
+            begun = time.perf_counter()
+            model: Model = LiteRtLm(path, int(threads), last)
+        else:
+            from conversion.bench_llama import LlamaCpp
+
+            begun = time.perf_counter()
+            model = LlamaCpp(path, int(threads), int(last), bool(flash))
+    except (UserError, ImportError, ValueError) as error:
+        reply({"error": str(error)})
+        return
+    reply({"load_s": time.perf_counter() - begun})
+    for line in sys.stdin:
+        order = json.loads(line)
+        try:
+            reply(getattr(model, order.pop("do"))(**order) or {})
+        except (RuntimeError, ValueError) as error:
+            reply({"error": f"{path} gave up ({error}); its context may be too short"})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

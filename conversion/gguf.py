@@ -1,0 +1,108 @@
+"""`gguf`: the command for llama.cpp's format. Imports JAX only when it runs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from moe_jax.command_line import add_command, add_json
+from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.errors import UserError
+from moe_jax.files import write_json
+
+TYPES = ("q4_0", "f32")
+
+
+def add_commands(commands: Any, load: Callable[[str], RunConfig]) -> None:
+    """Add it to the parser's commands; `load` finds a registered config."""
+    sub = add_command(
+        commands,
+        "gguf",
+        partial(_gguf, load=load),
+        "write a run's checkpoint as a .gguf file that stock llama.cpp runs, codes and scales unchanged",
+        "runs/s/qat s.gguf",
+        "mobilemoe_s s.gguf --random-weights --seed 0",
+    )
+    sub.add_argument("source", metavar="run", help="run folder, or a registered config with --random-weights")
+    sub.add_argument("output", help="the file, ending in .gguf")
+    sub.add_argument(
+        "--type", dest="kind", choices=TYPES, default="q4_0", help="f32 holds the same values, to compare with"
+    )
+    sub.add_argument("--random-weights", action="store_true", help="a model of these shapes, to measure with")
+    sub.add_argument("--seed", type=int, default=0, help="of random weights")
+    sub.add_argument("--step", type=int, help="this checkpoint instead of the last")
+    sub.add_argument(
+        "--tokenizer", metavar="PATH", help="default: the run's tokenizer.json, none for random weights"
+    )
+    sub.add_argument("--quantize-float", action="store_true", help="accept a run that had no QAT stage")
+    sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_json(sub)
+
+
+def export_run(
+    run_dir: str | Path,
+    output: str | Path,
+    *,
+    kind: str = "q4_0",
+    step: int | None = None,
+    tokenizer: str | Path | None = None,
+    quantize_float: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the checkpoint of a run (the last, or that of `step`) as `output`; what was written, for a report.
+
+    Raises UserError as `conversion.export.export` and `gguf_file.write_gguf` do; an existing file stays as it was.
+    """
+    from conversion import export, gguf_file, weights
+
+    output = _free(output, overwrite)
+    run, parameters = export.open_checkpoint(run_dir, step)
+    group = export._group(run, run_dir, quantize_float)
+    file = Path(tokenizer or Path(run_dir) / "tokenizer.json")
+    export.matching_tokenizer(run_dir, run, file, step)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+        # By way of a file, because each tensor is wanted at another time than it comes.
+        codes = Path(folder) / "codes.safetensors"
+        weights.write_safetensors(weights.quantised(parameters, run.model, group), run.model, group, codes)
+        return gguf_file.write_gguf(weights.load_safetensors(codes), output, file, kind=kind)
+
+
+def export_random(
+    config: ModelConfig,
+    output: str | Path,
+    *,
+    kind: str = "q4_0",
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write random weights of any model as `output`, those that a bundle of the same seed has; see `export_run`."""
+    from conversion import gguf_file, weights
+
+    return gguf_file.write_gguf(weights.random(config, seed), _free(output, overwrite), tokenizer, kind=kind)
+
+
+def _free(output: str | Path, overwrite: bool) -> Path:
+    output = Path(output)
+    if output.suffix != ".gguf":
+        raise UserError(f"the output is {output.name!r}; end its name in .gguf, for llama.cpp")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists; choose another output or pass --overwrite")
+    return output
+
+
+def _gguf(arguments: Any, load: Callable[[str], RunConfig]) -> None:
+    options = {name: getattr(arguments, name) for name in ("kind", "tokenizer", "overwrite")}
+    if arguments.random_weights:
+        model = load(arguments.source).model
+        result = export_random(model, arguments.output, seed=arguments.seed, **options)
+    else:
+        options |= {name: getattr(arguments, name) for name in ("step", "quantize_float")}
+        result = export_run(arguments.source, arguments.output, **options)
+    print(f"file {result['file']}: {result['bytes'] / 1e9:.3f} GB, {result['type']}, for llama.cpp")
+    if arguments.json:
+        write_json(arguments.json, result)

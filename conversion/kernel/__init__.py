@@ -1,0 +1,1 @@
+"""The optional kernel for a layer's routed experts: C++ in src/, built at first use and handed to each runtime."""

@@ -1,0 +1,52 @@
+"""How each runtime here comes by the kernel; files without its op run as before.
+
+Python's Interpreter takes it as a delegate, CompiledModel finds it as an accelerator in its environment's folder,
+and LiteRT-LM's engine takes it from the variable that its library exports for an accelerator that is linked in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import litert_lm
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.environment import Environment, EnvironmentOptions
+from ai_edge_litert.interpreter import load_delegate
+
+from conversion.kernel.build import library
+from conversion.litert.kernel_op import NAME
+from moe_jax.errors import UserError
+
+
+def needed(tflite: Any) -> bool:
+    """Whether a .tflite file, given as its bytes or a memory map, has the kernel's op."""
+    model: Any = schema.Model.GetRootAs(tflite, 0)
+    codes = (model.OperatorCodes(i).CustomCode() for i in range(model.OperatorCodesLength()))
+    return NAME.encode() in codes
+
+
+def delegate() -> Any:
+    """For Interpreter(..., experimental_delegates=[delegate()]): one for each interpreter."""
+    return load_delegate(str(library()))
+
+
+def environment() -> Environment:
+    """For CompiledModel.from_file(..., environment=environment()); takes the place of a GPU accelerator."""
+    return Environment.create(options=EnvironmentOptions(runtime_path=str(library().parent)))
+
+
+@functools.cache
+def in_engine() -> None:
+    """For LiteRT-LM engines that this process makes from now on; takes the place of their GPU accelerator."""
+    kernel = ctypes.CDLL(str(library()))
+    engine = ctypes.CDLL(str(Path(litert_lm.__file__).with_name("liblitert-lm.so")))
+    try:
+        door = ctypes.c_void_p.in_dll(engine, "LiteRtStaticLinkedAcceleratorGpuDef")
+    except ValueError:
+        raise UserError(
+            "this litert-lm-api has no place for an accelerator; install the version in requirements/convert.txt"
+        ) from None
+    door.value = ctypes.addressof(ctypes.c_char.in_dll(kernel, "LiteRtAcceleratorImpl"))

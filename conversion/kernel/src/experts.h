@@ -1,0 +1,42 @@
+// One layer's routed experts: y[t] = sum over k of weights[t, k] * expert_{ids[t, k]}(x[t]).
+//
+// T tokens, D model, F expert width, E experts, K choices a token. An expert is down(act(gate x) * up x), with
+// INT4 weights read where the file is mapped; each product rounds its input rows to INT8, as XNNPACK does.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moe_jax {
+
+enum Activation : uint32_t { kSilu = 0, kGeluTanh = 1 };
+
+struct Shape {
+  uint32_t experts, choices, width, hidden;  // E, K, D, F
+  uint32_t activation;
+};
+
+struct Call {
+  int tokens;
+  const float* x;        // [T, D]
+  const int32_t* ids;    // [T, K], each in [0, E)
+  const float* weights;  // [T, K]
+  const uint8_t* bank;   // [E, expert_bytes]; see conversion/litert/kernel_op.py for the layout
+  float* y;              // [T, D]
+};
+
+// Rows of a weight are stored in groups of 16, each with 16 float sums, then bf16 scales, then nibbles.
+constexpr int kColumns = 16, kBlock = 32;
+
+inline size_t group_bytes(size_t inputs) { return 64 + inputs / kBlock * (32 + 256); }
+
+inline size_t expert_bytes(const Shape& s) {
+  return 2 * s.hidden / kColumns * group_bytes(s.width) + s.width / kColumns * group_bytes(s.hidden);
+}
+
+struct Isa;
+
+// False if an id is out of range; then y is not written.
+bool run_experts(const Isa& isa, const Shape& shape, const Call& call, int threads);
+
+}  // namespace moe_jax

@@ -1,0 +1,128 @@
+"""Measuring: exact token counts, ratios, memory, a profile whose sums hold, and mistakes in one sentence."""
+
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from conversion import bench, bench_layer, bench_profile, readback
+from conversion.bench_process import Candidate, Texts, ids_of
+from conversion.bench_runtime import Runtime
+from conversion.bench_worker import memory
+from conversion.torch_model import MobileMoE, Reference
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
+from tests.conversion.conftest import CONTEXT
+
+KINDS = pytest.mark.parametrize("exported", ["moe"], indirect=True)
+SMALL = {"prefill": [8], "contexts": [24, 48], "texts": 1, "decode": 4, "threads": 1}
+
+
+@pytest.fixture
+def source(run_dir) -> str:
+    return str(run_dir / "heldout.txt")
+
+
+@KINDS
+def test_ratios_are_ours_over_theirs_and_every_figure_has_its_length(exported, source, tmp_path):
+    result = bench.bench(exported.bundle, exported.bundle, text=source, cache=tmp_path, **SMALL)
+    other = result["against"]
+    assert set(result["decode_tok_s"]) == {24, 48} and set(result["prefill_tok_s"]) == {8}
+    for name in ("decode_tok_s", "prefill_tok_s"):
+        for n, ratio in other["ratio"][name].items():
+            assert ratio == pytest.approx(result[name][n] / other[name][n])
+    assert result["ttft_s"] == result["ttft_by_prompt_s"][8] > 0
+    assert result["peak_rss_gb"] >= result["anonymous_gb"] > 0 and result["load_s"] > 0
+    assert result["threads"]["decode_tok_s"] == {24: 1, 48: 1} and len(result["by_threads"]) == 1
+    assert list(tmp_path.glob("*.xnnpack_cache"))
+    assert "decode at 48" in bench.table(result) and "ratio" in bench.table(result)
+
+
+@KINDS
+def test_a_model_reads_and_writes_as_many_tokens_as_it_is_asked_to(exported, source, tmp_path):
+    texts = Texts(source, exported.tokenizer)
+    with Candidate("litert", exported.bundle, 1, str(tmp_path)) as model:
+        (prompt,) = texts.prompts(20, 1)
+        assert len(prompt["ids"]) == 20 and model.ask("prefill", **prompt)["tokens"] == 20
+        model.ask("start", decode=3)
+        pieces = texts.way(0, 15)
+        assert ids_of(pieces) == 15
+        assert sum(model.ask("read", **piece)["tokens"] for piece in pieces) == 15
+        assert model.ask("write", ids=[])["tokens"] <= 3
+        (more,) = texts.pieces(4, 1)
+        assert model.ask("read", **more)["tokens"] == 4
+        with pytest.raises(UserError, match="context may be too short"):
+            model.ask("read", **texts.pieces(CONTEXT, 1)[0])
+
+
+@KINDS
+def test_a_process_that_dies_is_named(exported, tmp_path):
+    with Candidate("litert", exported.bundle, 1, str(tmp_path)) as model:
+        os.kill(model._process.pid, 9)
+        with pytest.raises(UserError, match="died with status -9"):
+            model.ask("start", decode=1)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [({"prefill": [64]}, "of 64"), ({"contexts": [65]}, "of 64"), ({"contexts": [24, 30]}, "16 tokens")],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_before_anything_is_loaded(exported, changed, sentence):
+    with pytest.raises(UserError, match=sentence):
+        bench.bench(exported.bundle, **SMALL | changed)
+
+
+@KINDS
+def test_bundles_of_different_tokenizers_are_not_compared(exported, tmp_path):
+    from conversion.litert import bundle
+
+    Tokenizer.train(["other words"], 262).save(tmp_path / "tokenizer.json")
+    bundle.write_bundle(exported.tflite, tmp_path / "tokenizer.json", tmp_path / "m.litertlm", CONTEXT)
+    with pytest.raises(UserError, match="another tokenizer"):
+        bench.bench(exported.bundle, tmp_path / "m.litertlm", **SMALL)
+
+
+def test_own_memory_is_told_from_pages_of_files():
+    before = memory()
+    grown = np.ones(64 << 20, np.uint8)
+    assert memory()["anonymous_gb"] - before["anonymous_gb"] > 0.9 * grown.nbytes / 1e9
+    assert memory()["peak_rss_gb"] >= memory()["anonymous_gb"] + memory()["files_gb"] - 0.01
+
+
+def test_the_runtime_computes_what_the_torch_model_does(exported, tmp_path):
+    ids = [exported.tokenizer.bos, *exported.tokenizer.encode("def add(first, second):")]
+    runtime = Runtime(readback.sections(exported.bundle).tflite, 1, tmp_path / "weights")
+    runtime.prefill(ids[:-2])
+    got = [runtime.decode(token).copy() for token in ids[-2:]]
+    model = MobileMoE(exported.weights, Reference(exported.weights), CONTEXT)
+    want = model(torch.tensor([ids], dtype=torch.int32))[0, -2:].numpy()
+    assert runtime.tokens == len(ids) and np.median(np.abs(np.stack(got) - want)) < 1e-2
+
+
+def test_a_profile_puts_every_layer_in_its_place_and_is_drawn(exported, source, tmp_path):
+    result = bench_profile.profile(exported.bundle, context=16, calls=6, text=source)
+    decode, moe = result["decode"], exported.weights.config.moe is not None
+    assert set(result) == {"prefill_8", "decode", "context", "threads"}
+    assert len(decode["layers"]) == exported.weights.config.num_layers
+    assert {"attention", "shared expert", "head", bench_profile.REST} <= set(decode["parts"])
+    assert moe == ("experts" in decode["parts"]) == ("router" in decode["parts"])
+    for layer in decode["layers"]:
+        assert {"attention", "shared expert"} <= set(layer)
+    products = sum(n for op, (_, n) in decode["ops"].items() if "QB4W" in op)
+    experts = 2 * 2 * exported.weights.config.num_layers if moe else 0  # two products of two experts
+    assert products == exported.weights.config.num_layers * 4 + 1 + experts
+    bench_profile.draw(result, tmp_path / "p.svg")
+    assert "layer 1" in "".join(ElementTree.parse(tmp_path / "p.svg").getroot().itertext())
+    assert "decode:" in bench_profile.table(result)
+
+
+def test_one_layer_is_measured_against_the_dense_one():
+    result = bench_layer.bench_layer((1, 4), threads=1, shape=(64, 32, 4, 2), seconds=0.02)
+    assert result["decode_over_dense"] == result["tokens_1"]["sparse"]["median_ratio"] > 0
+    assert result["prefill4_over_dense"] == result["tokens_4"]["sparse"]["median_ratio"] > 0
+    assert result["tokens_1"]["dense"]["median_ratio"] == 1 and "streamed" in bench_layer.table(result)

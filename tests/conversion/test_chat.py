@@ -1,0 +1,93 @@
+"""The terminal chat: commands, a stopped answer, and which experts ran."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+
+import pytest
+import torch
+
+from conversion.chat import chat
+from conversion.chat_experts import Experts, Used, strips
+from conversion.torch_model import MobileMoE, Reference
+from moe_jax.data import chat as format_of
+from moe_jax.errors import UserError
+from tests.conversion.conftest import CONTEXT
+
+KINDS = pytest.mark.parametrize("exported", ["moe"], indirect=True)
+QUICK = {"max_tokens": 4, "threads": 1}
+
+
+@KINDS
+def test_clear_forgets_and_quit_ends(exported, capsys):
+    once = chat(exported.bundle, ["add"], **QUICK)
+    replies = chat(exported.bundle, ["add", "more", "/clear", "/help", "add", "/quit", "add"], **QUICK)
+    assert len(replies) == 3 and replies[0] == replies[2] == once[0]
+    assert "/clear" in capsys.readouterr().err
+
+
+class Interrupting(io.StringIO):
+    """An output that raises SIGINT when the first piece of an answer arrives."""
+
+    rung = False
+
+    def write(self, text: str) -> int:
+        if not self.rung:
+            self.rung = True
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().write(text)
+
+
+@KINDS
+def test_ctrl_c_stops_an_answer_and_the_next_is_given(exported, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Interrupting())
+    stopped, after = chat(exported.bundle, ["add", "more"], max_tokens=12, threads=1)
+    assert len(stopped) < len(chat(exported.bundle, ["add"], max_tokens=12, threads=1)[0]) and after
+    assert "(stopped)" in capsys.readouterr().err
+
+
+class Watching(Reference):
+    """Keeps the experts that the torch model chooses."""
+
+    def experts(self, h, ids, weights, name):
+        self.chosen = {**getattr(self, "chosen", {}), name: ids}
+        return super().experts(h, ids, weights, name)
+
+
+@KINDS
+def test_the_experts_shown_are_those_that_the_torch_model_chooses(exported):
+    answer = "def add(first, second):"
+    messages = [{"role": "user", "content": "add"}, {"role": "assistant", "content": answer}]
+    with Experts(exported.bundle, threads=1) as experts:
+        assert (experts.layers, experts.count) == (2, 5)
+        used = experts.of_answer(messages)
+        again = experts.of_answer(messages)  # the same conversation, taken in from where it differs
+    assert used == again and "".join(token.text for token in used) == answer
+    watching = Watching(exported.weights)
+    asked = format_of.render_ids(messages[:1], exported.tokenizer, generation_prompt=True)[0].tolist()
+    ids = [*asked, *exported.tokenizer.encode(answer)]
+    MobileMoE(exported.weights, watching, CONTEXT)(torch.tensor([ids], dtype=torch.int32))
+    want = [
+        [sorted(set(chosen[place].tolist())) for chosen in watching.chosen.values()]
+        for place in range(len(asked), len(ids))
+    ]
+    same = [
+        a == b for token, choice in zip(used, want, strict=True) for a, b in zip(token.experts, choice, strict=True)
+    ]
+    assert sum(same) >= 0.95 * len(same)  # a tie may fall the other way
+
+
+def test_strips_show_tokens_across_and_layers_down():
+    drawn = strips([Used("a", [[0, 1], [0, 2]]), Used("b", [[1, 2], [0, 2]])], 4).splitlines()
+    assert drawn[1] == "'a'          █▒▒ " and drawn[2] == "'b'          ▒▒█ "
+    assert drawn[4] == "0            ▒█▒ " and drawn[5] == "1            █ █ "
+    assert drawn[6] == "5 of 8 experts ran; a token keeps 75% of the experts of the one before"
+
+
+@pytest.mark.parametrize("exported", ["dense"], indirect=True)
+def test_a_model_without_experts_has_none_to_show(exported):
+    with pytest.raises(UserError, match="leave out --show-experts"):
+        Experts(exported.bundle, threads=1)

@@ -1,0 +1,193 @@
+"""GGUF files as the format's own package reads them: every code, what llama.cpp is told, what it cannot be told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import gguf
+import numpy as np
+import pytest
+
+from conversion import weights
+from conversion.__main__ import main
+from conversion.gguf import export_run
+from conversion.gguf_file import write_gguf
+from conversion.gguf_vocab import vocabulary
+from conversion.int4 import Int4
+from conversion.weights import Weights
+from moe_jax.config import DataConfig, QuantConfig, RunConfig
+from moe_jax.data.chat import CHAT_TEMPLATE
+from moe_jax.errors import UserError
+from tests.conversion.folders import ROUTED, TINY, TINY_DENSE, random_parameters, tiny_tokenizer, write_run
+
+MODELS = pytest.mark.parametrize("config", [TINY, TINY_DENSE], ids=["moe", "dense"])
+
+
+def quantised(config, group=32) -> Weights:
+    """Weights of random parameters."""
+    return weights.from_parameters(random_parameters(config), config, group)
+
+
+def read(path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Metadata, and every tensor in float32 as the format's package dequantises it."""
+    file = gguf.GGUFReader(path)
+    tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in file.tensors}
+    return {name: field.contents() for name, field in file.fields.items()}, tensors
+
+
+@MODELS
+@pytest.mark.parametrize("kind", ["q4_0", "f32"])
+def test_every_weight_of_the_file_is_the_one_that_was_trained(config, kind, tmp_path):
+    source = quantised(config)
+    write_gguf(source, tmp_path / "m.gguf", kind=kind)
+    _, found = read(tmp_path / "m.gguf")
+
+    def want(name: str) -> np.ndarray:
+        return source.int4(name).dequantize()
+
+    layer = "model.layers.1."
+    assert np.array_equal(found["token_embd.weight"], want("model.embed_tokens"))
+    assert np.array_equal(found["output.weight"], want("model.embed_tokens"))
+    assert np.array_equal(found["blk.1.attn_v.weight"], want(layer + "self_attn.v_proj"))
+    assert np.array_equal(found["blk.1.attn_output.weight"], want(layer + "self_attn.o_proj"))
+    assert np.array_equal(found["blk.1.ffn_norm.weight"], source.float(layer + "post_attention_layernorm.weight"))
+    if config.moe is None:
+        for part in ("gate", "up", "down"):
+            assert np.array_equal(found[f"blk.1.ffn_{part}.weight"], want(layer + f"feed_forward.{part}_proj"))
+        return
+    routed, width = want(layer + "feed_forward.experts.gate_up_proj"), config.moe.expert_width
+    assert np.array_equal(found["blk.1.ffn_gate_exps.weight"], routed[:, :width])
+    assert np.array_equal(found["blk.1.ffn_up_exps.weight"], routed[:, width:])
+    assert np.array_equal(found["blk.1.ffn_down_exps.weight"], want(layer + "feed_forward.experts.down_proj"))
+    assert np.array_equal(found["blk.1.exp_probs_b.bias"], source.float(layer + "feed_forward.expert_bias"))
+    assert np.array_equal(found["blk.1.ffn_gate_inp.weight"], source.float(layer + "feed_forward.router.weight"))
+    shared = layer + "feed_forward.shared_expert.up_proj"
+    assert np.array_equal(found["blk.1.ffn_up_shexp.weight"], want(shared))
+
+
+def test_rows_of_a_head_are_in_the_order_that_is_rotated_there(tmp_path):
+    source = quantised(TINY)
+    write_gguf(source, tmp_path / "m.gguf")
+    _, found = read(tmp_path / "m.gguf")
+    want, width = source.int4("model.layers.0.self_attn.q_proj").dequantize(), TINY.head_dim
+    for head in range(TINY.num_heads):
+        ours, theirs = (part[head * width : (head + 1) * width] for part in (want, found["blk.0.attn_q.weight"]))
+        assert np.array_equal(theirs[: width // 2], ours[0::2])
+        assert np.array_equal(theirs[width // 2 :], ours[1::2])
+
+
+def test_codes_keep_their_scale_where_groups_are_wider_than_a_block(tmp_path):
+    moe = dataclasses.replace(ROUTED, expert_width=64, shared_expert_width=128)
+    source = quantised(dataclasses.replace(TINY, num_heads=8, moe=moe), group=64)
+    write_gguf(source, tmp_path / "m.gguf")
+    _, found = read(tmp_path / "m.gguf")
+    name = "model.layers.1.feed_forward.experts.down_proj"
+    assert np.array_equal(found["blk.1.ffn_down_exps.weight"], source.int4(name).dequantize())
+    assert isinstance(source.int4(name), Int4)
+
+
+@MODELS
+def test_llama_cpp_is_told_all_of_the_architecture(config, tmp_path):
+    write_gguf(quantised(config), tmp_path / "m.gguf")
+    fields, found = read(tmp_path / "m.gguf")
+    assert fields["general.architecture"] == "exaone-moe"
+    told = {name.removeprefix("exaone-moe."): value for name, value in fields.items()}
+    assert told["attention.sliding_window"] == told["context_length"] == config.max_position_embeddings
+    assert told["attention.sliding_window_pattern"] == [True] * config.num_layers
+    assert told["leading_dense_block_count"] == (config.num_layers if config.moe is None else 0)
+    if config.moe:
+        assert (told["expert_count"], told["expert_used_count"]) == (5, 2)
+        assert told["expert_weights_norm"] and told["expert_weights_scale"] == 2.5
+        assert told["expert_gating_func"] == 2
+    factors = found["rope_freqs.weight"]
+    assert set(factors.tolist()) == {1.0, 16.0} and (np.diff(factors) >= 0).all()
+    assert (found["blk.1.attn_q_norm.weight"] == 1).all()
+
+
+def test_the_same_weights_give_the_same_bytes_however_they_come(tmp_path):
+    run = write_run(tmp_path / "run", TINY, random_parameters(TINY), QuantConfig())
+    report = export_run(run, tmp_path / "a.gguf")
+    write_gguf(quantised(TINY), tmp_path / "b.gguf", run / "tokenizer.json", name="a")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert report["bytes"] == (tmp_path / "a.gguf").stat().st_size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b.gguf", "run"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"qk_norm": False}, "no QK norm"),
+        ({"activation": "gelu_tanh"}, "gelu_tanh"),
+        ({"moe": dataclasses.replace(ROUTED, shared_expert_width=0)}, "no shared expert"),
+    ],
+)
+def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(change, why, tmp_path):
+    with pytest.raises(UserError, match=why):
+        write_gguf(quantised(dataclasses.replace(TINY, **change)), tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tokenizer_goes_along_with_its_kinds_ends_and_template(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.save(tmp_path / "tokenizer.json")
+    words = vocabulary(tmp_path / "tokenizer.json", TINY.vocab_size)
+    tokens, kinds = words["tokenizer.ggml.tokens"], words["tokenizer.ggml.token_type"]
+    assert [tokens[i] for i in range(270)] == [tokenizer.token(i) for i in range(270)]
+    assert len(tokens) == len(set(tokens)) == TINY.vocab_size and set(kinds[270:]) == {5}
+    assert kinds[:6] == [3] * 6 and set(kinds[6:270]) == {1}
+    assert words["tokenizer.ggml.pre"] == "smaug-bpe" and words["tokenizer.ggml.add_bos_token"]
+    assert words["tokenizer.ggml.eot_token_id"] == tokenizer.eot
+    assert words["tokenizer.chat_template"] == CHAT_TEMPLATE
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["ignore_merges"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert vocabulary(tmp_path / "tokenizer.json", 300)["tokenizer.ggml.pre"] == "llama-bpe"
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "why"),
+    [
+        ("normalizer", {"type": "NFC"}, "normalises"),
+        ("pre_tokenizer.pretokenizers.0.pattern", {"Regex": r"\s+"}, "rule is another"),
+        ("pre_tokenizer.pretokenizers.0.behavior", "MergedWithNext", "rule is another"),
+        ("pre_tokenizer.pretokenizers.1.use_regex", True, "one rule into bytes"),
+        ("model.dropout", 0.1, "plain BPE"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_would_apply_otherwise_is_refused(part, value, why, tmp_path):
+    tiny_tokenizer().save(tmp_path / "tokenizer.json")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    *path, last = part.split(".")
+    place = content
+    for key in path:
+        place = place[int(key) if key.isdecimal() else key]
+    place[last] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"cannot cut text .*{why}|does not give back"):
+        vocabulary(tmp_path / "tokenizer.json", TINY.vocab_size)
+
+
+def test_random_weights_of_any_shape_are_written_for_measurements(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "configs.load", lambda name: RunConfig(model={"tiny": TINY}[name], data=DataConfig(seq_len=64))
+    )
+    for name in "ab":
+        assert main(["gguf", "tiny", str(tmp_path / f"{name}.gguf"), "--random-weights", "--seed", "3"]) == 0
+    fields, found = read(tmp_path / "a.gguf")
+    assert fields["tokenizer.ggml.model"] == "no_vocab"
+    want = weights.random(TINY, 3).int4("model.embed_tokens").dequantize()
+    assert np.array_equal(found["token_embd.weight"], want)
+    assert np.array_equal(read(tmp_path / "b.gguf")[1]["output.weight"], want)
+
+
+def test_the_command_writes_a_file_and_refuses_in_a_sentence(tmp_path, capsys):
+    run = write_run(tmp_path / "run", TINY_DENSE, random_parameters(TINY_DENSE))
+    output = str(tmp_path / "m.gguf")
+    assert main(["gguf", str(run), output]) == 2
+    assert main(["gguf", str(run), output, "--quantize-float", "--json", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["type"] == "q4_0"
+    assert main(["gguf", str(run), output, "--quantize-float"]) == 2
+    assert main(["gguf", str(run), str(tmp_path / "m.bin"), "--quantize-float"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ["without quantisation" in errors[0], "exists" in errors[1], ".gguf" in errors[2]] == [True] * 3

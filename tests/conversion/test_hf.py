@@ -1,0 +1,213 @@
+"""Published folders in and out: bit for bit where the layout allows, with the loss named where it does not."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conversion import keymap
+from conversion.__main__ import main
+from conversion.hf_export import export_folder
+from conversion.hf_files import DTYPES, Folder
+from conversion.hf_import import import_folder
+from conversion.int4 import Int4, unpack_nibbles
+from moe_jax.config import DataConfig, OptimizerConfig, QuantConfig, RunConfig, SourceConfig
+from moe_jax.data import chat
+from moe_jax.generate import Generator
+from moe_jax.overrides import from_dict
+from moe_jax.train.checkpoint import final_step, load_parameters
+from moe_jax.train.trainer import fit
+from tests.conversion.folders import TINY, TINY_DENSE, random_parameters, tiny_tokenizer, write_published, write_run
+
+IDS = np.random.default_rng(1).integers(0, 270, 100).tolist()
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory):
+    """A BF16 folder and the run that it was imported to."""
+    root = tmp_path_factory.mktemp("bf16")
+    published = write_published(root / "published", TINY, int4=False)
+    import_folder(published, root / "run")
+    return published, root / "run"
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["rounded", "any"])
+def int4(request, tmp_path_factory):
+    """An INT4 folder, the run that it was imported to, and the report."""
+    root = tmp_path_factory.mktemp("int4")
+    published = write_published(root / "published", TINY, int4=True, full=request.param)
+    return published, root / "run", import_folder(published, root / "run", allow_requantization=True)
+
+
+def same_tensors(one, other) -> bool:
+    """Whether two folders hold the same tensors bit for bit."""
+    left, right = Folder(one), Folder(other)
+    assert left.entries.keys() == right.entries.keys()
+    return all(
+        (left.entries[n].dtype, left.read(n).tobytes()) == (right.entries[n].dtype, right.read(n).tobytes())
+        for n in left.entries
+    )
+
+
+def test_bf16_goes_in_out_and_in_without_a_bit_changed(bf16, tmp_path):
+    published, run = bf16
+    report = export_folder(run, tmp_path / "again")
+    assert report["rounding"]["tensors"] == report["requantization"]["tensors"] == {}
+    assert same_tensors(published, tmp_path / "again")
+    import_folder(tmp_path / "again", tmp_path / "run")
+    once, twice = (load_parameters(folder)[1] for folder in (run, tmp_path / "run"))
+    assert all(np.array_equal(once[path], twice[path]) for path in once)
+
+
+def test_int4_goes_in_out_and_in_without_a_bit_changed(int4, tmp_path):
+    published, run, _ = int4
+    report = export_folder(run, tmp_path / "again", kind="int4-g32")
+    assert report["requantization"]["tensors"] == {}
+    assert same_tensors(published, tmp_path / "again")
+    import_folder(tmp_path / "again", tmp_path / "run", allow_requantization=True)
+    once, twice = (load_parameters(folder)[1] for folder in (run, tmp_path / "run"))
+    assert all(np.array_equal(once[path], twice[path]) for path in once)
+
+
+def test_an_imported_folder_is_a_finished_run_of_its_config(bf16):
+    _, run = bf16
+    config = from_dict(RunConfig, json.loads((run / "config.json").read_text()))
+    assert config.model == TINY and config.quant is None and final_step(run) == 1
+    assert config.data.tokenizer == str(run / "tokenizer.json")
+    stored, parameters = load_parameters(run)
+    assert stored == config and parameters.keys() == keymap.jax_shapes(TINY).keys()
+    assert sorted(path.name for path in run.parent.iterdir()) == ["published", "run"]
+
+
+def test_int4_import_keeps_the_codes_along_the_input_and_tells_what_experts_lose(int4):
+    _, run, report = int4
+    assert from_dict(RunConfig, json.loads((run / "config.json").read_text())).quant == QuantConfig(32)
+    moved = report["requantization"]["tensors"]
+    experts = [name for name in moved if ".experts." in name]
+    assert len(experts) == 2 * TINY.num_layers and all(0.04 < moved[n]["relative_rms"] < 0.15 for n in experts)
+    # What lies along the input moves by the rounding of its scales, unless a group does not reach the grid's end.
+    assert all(moved[name]["relative_rms"] < 0.02 for name in moved if name not in experts)
+    assert json.loads((run / "import.json").read_text())["requantization"] == report["requantization"]
+    assert 0 < report["requantization"]["relative_rms"] < 0.15
+
+
+def test_a_run_trained_here_says_what_each_layout_costs(tmp_path):
+    run = write_run(tmp_path / "run", TINY, random_parameters(TINY), QuantConfig())
+    with pytest.raises(Exception, match=r"experts\.gate_up_proj by \d+\.\d% .*--allow-requantization"):
+        export_folder(run, tmp_path / "int4", kind="int4-g32")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    report = export_folder(run, tmp_path / "int4", kind="int4-g32", allow_requantization=True)
+    assert all(".experts." in name for name in report["requantization"]["tensors"])
+    assert all("norm" in name or "bias" in name for name in report["rounding"]["tensors"])
+    folder, (_, parameters) = Folder(tmp_path / "int4"), load_parameters(run)
+    trained = Int4.from_float(np.ascontiguousarray(parameters["layers/attention/q/kernel"][1].T), 32)
+    name = "model.layers.1.self_attn.q_proj"
+    assert np.array_equal(unpack_nibbles(folder.read(f"{name}.qweight")), trained.codes)
+    assert np.array_equal(folder.read(f"{name}.weight_scale"), trained.scales)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int4"])
+def test_transformers_computes_what_jax_computes(kind, tmp_path):
+    published = write_published(tmp_path / "published", TINY, int4=kind == "int4", full=True)
+    model = AutoModelForCausalLM.from_pretrained(published, trust_remote_code=True, dtype=torch.float32)
+    with torch.inference_mode():
+        got = model(torch.tensor([IDS])).logits[0].numpy()
+    want = Generator(TINY, as_published(published, kind == "int4")).logits(IDS)
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+
+def as_published(folder, int4) -> dict[str, np.ndarray]:
+    """The JAX parameters that a folder says, straight from its tensors."""
+    files, layers = Folder(folder), {}
+    for tensor in keymap.hf_tensors(TINY):
+        if int4 and tensor.row.int4:
+            codes = unpack_nibbles(files.read(tensor.codes))
+            value = Int4(codes, files.read(tensor.scales)).dequantize()
+        else:
+            value = files.read(tensor.name).astype(np.float32)
+        layers.setdefault((tensor.row, tensor.layer), []).append(value)
+    found: dict[str, list[np.ndarray]] = {}
+    for (row, _), parts in layers.items():
+        found.setdefault(row.jax, []).append(keymap.from_hf(row, parts))
+    return {row.jax: np.stack(found[row.jax]) if row.stacked else found[row.jax][0] for row in keymap.rows(TINY)}
+
+
+def test_transformers_generates_with_its_cache_and_pads_on_the_left(bf16):
+    published, _ = bf16
+    model = AutoModelForCausalLM.from_pretrained(published, trust_remote_code=True, dtype=torch.float32)
+    want = Generator(TINY, as_published(published, False)).generate(IDS[:20], 8)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    # The ends of an answer are kept from being chosen by `min_new_tokens`, in JAX they never were.
+    assert not {2, 5} & set(want)
+    assert model.generate(torch.tensor([IDS[:20]]), **options)[0, 20:].tolist() == want
+    padded = torch.tensor([[0] * 5 + IDS[:20], IDS[20:45]])
+    mask = (torch.arange(25) >= torch.tensor([[5], [0]])).long()
+    assert model.generate(padded, attention_mask=mask, **options)[0, 25:].tolist() == want
+
+
+def test_the_tokenizer_cuts_and_frames_as_training_did(bf16, tmp_path):
+    _, run = bf16
+    export_folder(run, tmp_path / "folder")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "folder", trust_remote_code=True), tiny_tokenizer()
+    assert theirs is not None
+    text = "def add(x): # 'tis  é 漢字 , and 12345 \n\n"
+    assert theirs.encode(text) == [ours.bos, *ours.encode(text)]
+    assert theirs.decode(ours.encode(text)) == text
+    messages = [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "yes"}]
+    framed = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert framed == chat.render_text(messages, True)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos, ours.eot, ours.pad)
+
+
+def test_shards_are_read_like_one_file(tmp_path, monkeypatch):
+    published = write_published(tmp_path / "one", TINY, int4=False)
+    monkeypatch.setattr("conversion.hf_files.SHARD_BYTES", 50_000)
+    parted = write_published(tmp_path / "parts", TINY, int4=False)
+    assert len(list(parted.glob("model-0*.safetensors"))) > 2
+    assert same_tensors(published, parted)
+    model = AutoModelForCausalLM.from_pretrained(parted, trust_remote_code=True)
+    assert model.model.layers[1].feed_forward.router.weight.dtype == torch.float32
+
+
+def test_the_same_run_gives_the_same_bytes(bf16, tmp_path):
+    for name in "ab":
+        export_folder(bf16[1], tmp_path / name)
+    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in "ab"]
+    assert files[0] == files[1]
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in files[0])
+    assert set(DTYPES) == {"BF16", "F16", "F32", "U8"}
+
+
+def test_both_commands_say_what_they_did(bf16, tmp_path, capsys):
+    published, run = bf16
+    assert main(["export-hf", str(run), str(tmp_path / "f"), "--json", str(tmp_path / "e.json")]) == 0
+    assert main(["import", str(tmp_path / "f"), str(tmp_path / "r")]) == 0
+    out = capsys.readouterr().out
+    assert "as bf16" in out and "requantization: nothing moved" in out
+    assert json.loads((tmp_path / "e.json").read_text())["format"] == "bf16"
+    dense = write_run(tmp_path / "dense", TINY_DENSE, random_parameters(TINY_DENSE))
+    assert main(["export-hf", str(dense), str(tmp_path / "d")]) == 2
+    assert main(["export-hf", str(run), str(published)]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert "no dense model" in errors[0] and "exists; name another folder" in errors[1]
+
+
+def test_training_goes_on_from_an_imported_folder(bf16, tmp_path):
+    _, run = bf16
+    (tmp_path / "text.txt").write_text("def add(first, second):\n    return first + second\n" * 200)
+    source = (SourceConfig(str(tmp_path / "text.txt")),)
+    tokenizer, cache = str(run / "tokenizer.json"), str(tmp_path / "cache")
+    data = DataConfig(source, source, tokenizer, seq_len=64, global_batch_size=2, cache_dir=cache)
+    schedule = OptimizerConfig(learning_rate=1e-9, schedule="constant", weight_decay=0.0)
+    options = {"compute_dtype": "float32", "remat": "nothing", "init_from": str(run)}
+    cfg = RunConfig("qat", TINY, QuantConfig(), data, schedule, steps=1, **options)
+    fit(cfg, tmp_path / "next", jax.devices()[:1])
+    before, after = (load_parameters(folder)[1] for folder in (run, tmp_path / "next"))
+    for path, value in before.items():
+        moved = np.abs(after[path] - value).max()
+        assert moved <= (2e-3 if path.endswith("router/bias") else 1e-6), path

@@ -1,0 +1,185 @@
+"""A folder that is not just as published is refused by the name of what is wrong, and nothing is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from conversion.hf_config import hf_config, read_config
+from conversion.hf_files import Folder
+from conversion.hf_import import import_folder
+from moe_jax.config import MoEConfig
+from moe_jax.errors import UserError
+from tests.conversion.folders import TINY, TINY_DENSE, tiny_tokenizer, write_published
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    root = tmp_path_factory.mktemp("published")
+    return {int4: write_published(root / str(int4), TINY, int4) for int4 in (False, True)}
+
+
+@pytest.fixture
+def folder(published, tmp_path):
+    """Copies a published folder, to be damaged."""
+    return lambda int4=False: shutil.copytree(published[int4], tmp_path / "published")
+
+
+def refused(folder, sentence):
+    """The import must fail with the sentence and leave nothing."""
+    before = sorted(folder.parent.iterdir())
+    with pytest.raises(UserError, match=sentence):
+        import_folder(folder, folder.parent / "run", allow_requantization=True)
+    assert sorted(folder.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("model_type", "llama4", "model_type = 'llama4'"),
+        ("hidden_act", "gelu", "hidden_act = 'gelu'"),
+        ("tie_word_embeddings", False, "tie_word_embeddings = False"),
+        ("attention_bias", True, "attention_bias = True"),
+        ("interleave_moe_layer_step", 2, "interleave_moe_layer_step = 2"),
+        ("no_rope_layers", [1, 0], r"no_rope_layers = \[1, 0\]"),
+        ("layer_types", ["full_attention", "sliding_attention"], "layer_types"),
+        ("rope_scaling.rope_type", "yarn", "rope_scaling.rope_type = 'yarn'"),
+        ("rope_scaling.low_freq_factor", 4.0, "rope_scaling.low_freq_factor = 4.0"),
+        ("rope_scaling.high_freq_factor", 4.0, "rope_scaling.high_freq_factor = 4.0"),
+        ("rope_scaling.beta_fast", 32, "rope_scaling.beta_fast = 32"),
+        ("rope_scaling.factor", None, "rope_scaling|another form"),
+        ("rope_theta", None, "rope_theta|another form"),
+        ("rope_parameters", {"rope_theta": 1.0}, "rope_parameters"),
+        ("quantization_config", {"bits": 4}, "quantization_config"),
+        ("head_dim", "wide", "another form|head_dim"),
+    ],
+)
+def test_a_config_that_says_something_else_is_refused_by_the_field(folder, key, value, sentence):
+    path = folder() / "config.json"
+    data = json.loads(path.read_text())
+    *parents, last = key.split(".")
+    part = data[parents[0]] if parents else data
+    part[last] = value
+    path.write_text(json.dumps(data))
+    refused(path.parent, sentence)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("group_size", 64),
+        ("embedding_group_size", 128),
+        ("symmetric", False),
+        ("expert_group_axis", "in"),
+        ("zero_point", 8),
+    ],
+)
+def test_another_quantisation_is_refused_by_the_field(folder, key, value):
+    path = folder(int4=True) / "config.json"
+    data = json.loads(path.read_text())
+    data["quantization"][key] = value
+    path.write_text(json.dumps(data))
+    refused(path.parent, rf"quantization\.{key}")
+
+
+def test_fields_that_nothing_reads_are_told(folder):
+    path = folder() / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"router_aux_loss_coef": 0.01}))
+    config, int4, unread = read_config(path)
+    assert (config, int4, unread) == (TINY, False, ["router_aux_loss_coef"])
+
+
+NAME = "model.layers.1.feed_forward.experts.down_"
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "dtype", "infinite", "negative"])
+def test_a_wrong_tensor_is_refused_by_its_name(folder, damage):
+    place = folder(int4=True)
+    arrays = load_file(place / "model.safetensors")
+    name = NAME + ("scale" if damage in ("infinite", "negative", "dtype") else "qweight")
+    if damage == "missing":
+        del arrays[name]
+    elif damage == "extra":
+        name = "model.layers.2.feed_forward.router.weight"
+        arrays[name] = np.zeros((5, 64), np.float32)
+    elif damage == "shape":  # groups of 64 would look like this
+        arrays[name] = arrays[name][..., ::2].copy()
+    elif damage == "dtype":
+        arrays[name] = arrays[name].astype(np.float32)
+    else:
+        arrays[name][1, 2, 0] = np.inf if damage == "infinite" else -1
+    save_file(arrays, place / "model.safetensors")
+    refused(place, name.replace(".", r"\."))
+
+
+def test_a_truncated_file_is_refused_by_the_tensor_that_is_cut(folder):
+    place = folder()
+    file = place / "model.safetensors"
+    entries = sorted(Folder(place).entries.items(), key=lambda item: item[1].start)
+    name, entry = entries[len(entries) // 2]
+    with file.open("r+b") as raw:
+        raw.truncate(entry.start + 1)
+    refused(place, rf"truncated: {name}")
+    with file.open("r+b") as raw:
+        raw.truncate(100)
+    refused(place, "header .* longer than the file")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        (b'"model.norm.weight"', b'"model.normzweight"', "model.norm.weight"),
+        (b'{"dtype":"BF16","shape":[300,64]', b'{"dtype":"BF16","shape":[300,65]', "damaged at model.embed_tokens"),
+        (b'"BF16","shape":[300', b'"BG16","shape":[300', "damaged at model.embed_tokens.weight .*BG16"),
+        (b'{"__metadata__"', b'["__metadata__"', "header .* is damaged"),
+    ],
+)
+def test_a_flipped_header_is_refused(folder, old, new, sentence):
+    file = folder() / "model.safetensors"
+    raw = file.read_bytes()
+    assert old in raw
+    file.write_bytes(raw.replace(old, new, 1))
+    refused(file.parent, sentence)
+
+
+def test_a_file_that_is_not_there_and_a_tokenizer_that_does_not_fit_are_named(folder):
+    place = folder()
+    (place / "model.safetensors").rename(place / "other")
+    refused(place, "cannot read .*model.safetensors")
+    (place / "other").rename(place / "model.safetensors")
+    (place / "tokenizer.json").unlink()
+    refused(place, "tokenizer")
+
+
+def test_experts_are_not_rounded_again_unless_allowed_and_the_price_is_told(folder):
+    place = folder(int4=True)
+    with pytest.raises(UserError, match=r"moves the first layer's weights by \d+\.\d%.*--allow-requantization"):
+        import_folder(place, place.parent / "run")
+    assert not (place.parent / "run").exists()
+
+
+def test_a_run_folder_that_holds_something_is_left_alone(folder):
+    place = folder()
+    (place.parent / "run").mkdir()
+    (place.parent / "run" / "notes").write_text("mine")
+    refused(place, "run exists")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"activation": "gelu_tanh"}, "activation"),
+        ({"moe": MoEConfig(5, 2, 32, 160, score_func="softmax")}, "moe.score_func"),
+        ({"moe": MoEConfig(5, 2, 32, 160, use_expert_bias=False)}, "moe.use_expert_bias"),
+    ],
+)
+def test_what_the_layout_has_no_words_for_is_named(change, named):
+    with pytest.raises(UserError, match=f"cannot say {named}"):
+        hf_config(dataclasses.replace(TINY, **change), tiny_tokenizer(), False)
+    with pytest.raises(UserError, match="no dense model"):
+        hf_config(TINY_DENSE, tiny_tokenizer(), False)

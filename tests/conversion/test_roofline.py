@@ -1,0 +1,65 @@
+"""The predicted speed of phones against what was published, and the shapes that a bundle shows."""
+
+from __future__ import annotations
+
+import pytest
+
+import configs
+from conversion import roofline
+from conversion.phones import PHONES, find
+from moe_jax.config import ModelConfig
+from moe_jax.errors import UserError
+
+PUBLISHED = [phone for phone in PHONES if phone.measured]
+
+
+def load(name: str) -> ModelConfig:
+    return configs.load(name).model
+
+
+def test_a_token_of_s_touches_its_own_share_of_the_weights():
+    cost = roofline.work(load("mobilemoe_s"))
+    assert cost.bytes == pytest.approx(0.157e9, rel=0.01) and cost.products == pytest.approx(0.173e9, rel=0.01)
+    assert cost.bytes < 0.3 * roofline.work(load("dense_twin")).bytes
+
+
+@pytest.mark.parametrize("phone", PUBLISHED, ids=lambda phone: phone.name)
+def test_the_law_fitted_to_the_dense_model_holds_for_the_sparse_ones(phone):
+    check = roofline.roofline("mobilemoe_s", phone.name, load)["check"][phone.name]
+    dense = [value for values in check.pop("dense_twin").values() for value in values.values()]
+    assert all(0.9 < value < 1.12 for value in dense)
+    assert set(check) == {"mobilemoe_s", "mobilemoe_m", "mobilemoe_l"}
+    assert all(
+        0.55 < value < 1.2 for kinds in check.values() for found in kinds.values() for value in found.values()
+    )
+
+
+def test_speed_falls_with_the_context_and_with_the_model():
+    small, large = (roofline.roofline(f"mobilemoe_{size}", "pixel 9", load) for size in "sl")
+    speeds = list(small["decode_tok_s"].values())
+    assert speeds == sorted(speeds, reverse=True)
+    assert all(small["decode_tok_s"][n] > v for n, v in large["decode_tok_s"].items())
+    assert "published over predicted" in roofline.table(small)
+
+
+def test_a_phone_that_nobody_measured_gets_the_share_of_bandwidth_that_others_reach():
+    shares = [roofline.rates(phone, load).stream / phone.bandwidth for phone in PUBLISHED]
+    slow = find("redmi note 14 pro+")
+    assert min(shares) <= roofline.rates(slow, load).stream / slow.bandwidth <= max(shares)
+
+
+def test_an_unknown_phone_is_answered_with_those_known():
+    with pytest.raises(UserError, match="take one of Galaxy S25, "):
+        roofline.roofline("mobilemoe_s", "Communicator", load)
+
+
+def test_a_bundle_shows_the_shapes_of_its_model(exported):
+    want, got = exported.weights.config, roofline.config_of(exported.bundle)
+    same = ["num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "vocab_size"]
+    for name in same:
+        assert getattr(got, name) == getattr(want, name)
+    assert roofline.work(got) == roofline.work(want)
+    if want.moe and got.moe:
+        for name in ("num_experts", "num_experts_per_tok", "expert_width", "shared_expert_width"):
+            assert getattr(got.moe, name) == getattr(want.moe, name)
+    assert (want.moe is None) == (got.moe is None)
