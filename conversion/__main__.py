@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conversion import bench_commands
+from conversion import bench_commands, gguf, hf
+from conversion.bench_commands import lengths, options, say
 from moe_jax.command_line import add_command, add_json, guarded, make_parser, parse
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
@@ -28,6 +29,12 @@ What the sparse experts are worth, against the same model with all experts compu
 
   python -m conversion export runs/demo/qat runs/demo/dense.litertlm --experts dense
   python -m conversion bench runs/demo/model.litertlm --against runs/demo/dense.litertlm --json speed.json
+
+From the released folders to a run that training goes on from, and to other engines:
+
+  python -m conversion import downloads/MobileMoE-S-SFT runs/s/sft
+  python -m conversion export-hf runs/s/qat out/s-qat --format int4-g32 --allow-requantization
+  python -m conversion gguf runs/s/qat s.gguf
 
 Exit status: 0, 1 if verify finds that something differs, 2 after one sentence on what to mend.
 """
@@ -72,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--context", type=int, help="most tokens of prompt and answer (default: as trained)")
     sub.add_argument(
         "--prefill",
-        type=_lengths,
+        type=lengths,
         default=(16, 128),
         metavar="N,N",
         help="tokens that one call can take in (default 16,128); a prompt is cut into these",
@@ -101,34 +108,25 @@ def _parser() -> argparse.ArgumentParser:
     add_threads(sub)
     add_json(sub)
 
+    hf.add_commands(commands)
+    gguf.add_commands(commands, _config)
     bench_commands.add_commands(commands, _config)
     return parser
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
-
-
-def _options(arguments: Any) -> dict[str, Any]:
-    """What the command's function takes: its parameters bear the names of the options."""
-    return {k: v for k, v in vars(arguments).items() if k not in ("command", "json")}
-
-
 def _export(arguments: Any) -> None:
-    import configs
     from conversion.export import export, export_random
 
-    options = _options(arguments)
-    source, output, folder, seed = (options.pop(name) for name in ("source", "output", "out", "seed"))
+    given = options(arguments)
+    source, output, folder, seed = (given.pop(name) for name in ("source", "output", "out", "seed"))
     if (output is None) == (folder is None):
         raise UserError("say where to: either a name that ends in .litertlm or --out with a folder")
     output = output or Path(folder, f"{Path(source).name}.litertlm")
-    if options.pop("random_weights"):
-        model = configs.load(source).model
-        options = {k: v for k, v in options.items() if k not in ("step", "quantize_float")}
-        result = export_random(model, output, seed=seed, **options, say=_say)
+    if given.pop("random_weights"):
+        given = {k: v for k, v in given.items() if k not in ("step", "quantize_float")}
+        result = export_random(_config(source).model, output, seed=seed, **given, say=say)
     else:
-        result = export(source, output, **options, say=_say)
+        result = export(source, output, **given, say=say)
     _table(result)
     _write(arguments, result)
 
@@ -136,7 +134,7 @@ def _export(arguments: Any) -> None:
 def _verify(arguments: Any) -> int:
     from conversion.verify import BOUNDS, verify
 
-    result = verify(**_options(arguments), say=_say)
+    result = verify(**options(arguments), say=say)
     _table(result["export"] | result["parity"], BOUNDS)
     _write(arguments, result)
     for sentence in result["failed"][:20]:
@@ -148,10 +146,6 @@ def _config(name: str) -> RunConfig:
     import configs
 
     return configs.load(name)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _table(values: dict[str, Any], bounds: dict[str, tuple[float, float]] | None = None) -> None:

@@ -53,8 +53,8 @@ def _add_bench(commands: Any) -> None:
         const="",
         help="the same model in llama.cpp, if its package is installed (default: the bundle's name with .gguf)",
     )
-    sub.add_argument("--prefill", type=_lengths, default=(), help="tokens of prompts (default 128,512,1024)")
-    sub.add_argument("--contexts", type=_lengths, default=(), help="where to write (default 256,1024,4096,8192)")
+    sub.add_argument("--prefill", type=lengths, default=(), help="tokens of prompts (default 128,512,1024)")
+    sub.add_argument("--contexts", type=lengths, default=(), help="where to write (default 256,1024,4096,8192)")
     sub.add_argument("--decode", type=int, default=32, help="tokens to write at a time")
     sub.add_argument("--texts", type=int, default=3, help="pieces of text, each a round of all models")
     sub.add_argument("--text", default="stdlib:heldout", help="path, glob or part of the corpus")
@@ -79,7 +79,7 @@ def add_bench_layer(commands: Any) -> None:
         "--experts kernel --tokens 1,128",
     )
     sub.add_argument("--experts", choices=("sparse", "kernel"), default="sparse", help="stock ops or the custom op")
-    sub.add_argument("--tokens", type=_lengths, default=(1, 128, 1024), help="default 1,128,1024")
+    sub.add_argument("--tokens", type=lengths, default=(1, 128, 1024), help="default 1,128,1024")
     sub.add_argument("--threads", type=int, default=2, help="most threads; every number up to it is measured")
     for name, default in {"width": 768, "expert-width": 384, "count": 60, "choices": 4}.items():
         sub.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
@@ -110,16 +110,18 @@ def _add_chat(commands: Any) -> None:
     )
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def lengths(text: str) -> tuple[int, ...]:
+    """The numbers of an option like 16,128."""
     return tuple(int(part) for part in text.split(","))
 
 
-def _options(arguments: Any, *left_out: str) -> dict[str, Any]:
+def options(arguments: Any, *left_out: str) -> dict[str, Any]:
     """What the command's function takes: its parameters bear the names of the options."""
     return {k: v for k, v in vars(arguments).items() if k not in ("command", "json", *left_out)}
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A word on the progress, to standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -135,7 +137,7 @@ def _bench(arguments: Any) -> None:
 
         context = {"context": arguments.contexts[0]} if arguments.contexts else {}
         result = bench_profile.profile(
-            arguments.bundle, threads=arguments.threads, text=arguments.text, say=_say, **context
+            arguments.bundle, threads=arguments.threads, text=arguments.text, say=say, **context
         )
         bench_profile.draw(result, arguments.profile)
         return _finish(arguments, bench_profile.table(result), result)
@@ -143,16 +145,16 @@ def _bench(arguments: Any) -> None:
 
     if arguments.llama_cpp == "":
         arguments.llama_cpp = Path(arguments.bundle).with_suffix(".gguf")
-    result = bench.bench(**_options(arguments, "profile"), say=_say)
+    result = bench.bench(**options(arguments, "profile"), say=say)
     return _finish(arguments, bench.table(result), result)
 
 
 def _bench_layer(arguments: Any) -> None:
     from conversion import bench_layer
 
-    options = _options(arguments, "width", "expert_width", "count", "choices")
+    given = options(arguments, "width", "expert_width", "count", "choices")
     shape = arguments.width, arguments.expert_width, arguments.count, arguments.choices
-    result = bench_layer.bench_layer(**options, shape=shape, say=_say)
+    result = bench_layer.bench_layer(**given, shape=shape, say=say)
     _finish(arguments, bench_layer.table(result), result)
 
 
@@ -176,4 +178,4 @@ def _chat(arguments: Any) -> None:
     from conversion.chat import chat
 
     prompts = None if arguments.prompt is None else [arguments.prompt]
-    chat(prompts=prompts, **_options(arguments, "prompt"))
+    chat(prompts=prompts, **options(arguments, "prompt"))

@@ -56,7 +56,7 @@ def export(
     tensors = output.with_suffix(".safetensors")
     _free((output, tensors), overwrite)
     run, parameters = open_checkpoint(run_dir, step)
-    group = _group(run, run_dir, quantize_float)
+    group = group_of(run, run_dir, quantize_float)
     file = Path(tokenizer or Path(run_dir) / "tokenizer.json")
     matching_tokenizer(run_dir, run, file, step)
 
@@ -222,10 +222,10 @@ def load(
     from moe_jax.train.checkpoint import load_parameters
 
     run, parameters = load_parameters(run_dir, step)
-    return run, parameters, _weights.from_parameters(parameters, run.model, _group(run, run_dir, quantize_float))
+    return run, parameters, _weights.from_parameters(parameters, run.model, group_of(run, run_dir, quantize_float))
 
 
-def _group(run: RunConfig, run_dir: str | Path, quantize_float: bool) -> int:
+def group_of(run: RunConfig, run_dir: str | Path, quantize_float: bool) -> int:
     if run.quant is None and not quantize_float:
         raise UserError(
             f"{run_dir} is a {run.stage} run without quantisation; export the folder of its QAT stage, "

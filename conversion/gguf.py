@@ -60,7 +60,7 @@ def export_run(
 
     output = _free(output, overwrite)
     run, parameters = export.open_checkpoint(run_dir, step)
-    group = export._group(run, run_dir, quantize_float)
+    group = export.group_of(run, run_dir, quantize_float)
     file = Path(tokenizer or Path(run_dir) / "tokenizer.json")
     export.matching_tokenizer(run_dir, run, file, step)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,12 @@ def test_help_teaches_without_importing_torch_jax_or_litert():
         assert f"python -m conversion {command} runs/demo" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["export", "verify", "bench", "chat"])
+COMMANDS = (
+    "export", "verify", "import", "export-hf", "gguf", "bench", "bench-layer", "roofline", "chat"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_shows_an_example(command, capsys):
     with pytest.raises(SystemExit) as done:
         main([command, "--help"])
