@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit chaos bench restore format clean
+.PHONY: help setup demo test lint types unit gguf realsize chaos bench restore format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,17 +43,27 @@ types: $(INSTALLED)  ## pyrefly
 	$(PY) -m pyrefly check
 
 # One thread a worker, or two workers on two cores would fight; programs compiled once are shared.
-unit: export JAX_PLATFORMS := cpu
-unit: export OMP_NUM_THREADS := 1
-unit: export XLA_FLAGS := --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0
-unit: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
+unit gguf realsize: export JAX_PLATFORMS := cpu
+unit gguf realsize: export OMP_NUM_THREADS := 1
+unit gguf realsize: export XLA_FLAGS := --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0
+unit gguf realsize: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 unit: $(INSTALLED)  ## pytest alone; ARGS='tests/data -k packing' to choose
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
+<<<<<<< HEAD
 chaos: $(INSTALLED)  ## kill, damage and fill up a run until 36 faults are survived (at most 20 minutes)
 	JAX_PLATFORMS=cpu $(PY) -m tests.chaos --json runs/chaos/report.json $(ARGS)
 
 bench: export JAX_PLATFORMS := cpu
+=======
+gguf: $(INSTALLED)  ## exported files in llama.cpp itself, which is built from source first (many minutes)
+	$(PY) -m pip install -qq --no-compile -r requirements/gguf.txt
+	$(PY) -m pytest tests/conversion/gguf $(ARGS)
+
+realsize: $(INSTALLED)  ## import and export at the true shapes of size S (8 minutes, 20 GB of disk)
+	$(PY) -m pytest tests/conversion/real_size $(ARGS)
+
+>>>>>>> f8119e2 (Targets for llama.cpp and for the true shapes, the kernel's sources in the package, sizes of the house as they are)
 bench: $(INSTALLED)  ## the measured ratios of tests/benchmarks
 	@set -e; for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(PY) -m $$(echo $${file%.py} | tr / .); done
 

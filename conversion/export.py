@@ -226,6 +226,7 @@ def load(
 
 
 def group_of(run: RunConfig, run_dir: str | Path, quantize_float: bool) -> int:
+    """Weights that share a scale, 32 for a run without QAT; a UserError for such a run unless `quantize_float`."""
     if run.quant is None and not quantize_float:
         raise UserError(
             f"{run_dir} is a {run.stage} run without quantisation; export the folder of its QAT stage, "
