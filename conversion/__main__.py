@@ -13,6 +13,7 @@ from typing import Any
 
 from conversion import bench_commands, gguf, hf
 from conversion.bench_commands import lengths, options, say
+from conversion.litert import FORMS
 from moe_jax.command_line import add_command, add_json, guarded, make_parser, parse
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
@@ -86,9 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--experts",
-        choices=("sparse", "dense"),
+        choices=FORMS,
         default="sparse",
-        help="dense computes all of them on every token, to compare with",
+        help="default sparse, on stock ops; kernel is one custom op a layer, for runtimes with conversion/kernel; "
+        "dense computes all of them on every token, to compare with",
     )
     sub.add_argument("--overwrite", action="store_true", help="replace existing files")
     add_json(sub)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from conversion import weights as _weights
+from conversion.litert import FORMS
 from conversion.weights import Weights
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.data import corpus
@@ -111,13 +112,13 @@ def write(
 ) -> dict[str, Any]:
     """Write the weights that `source` makes, with what else it leaves in the folder that it is given.
 
-    `prefill` are the lengths of the prefill signatures (those beyond the context are left out), `experts` is sparse
-    or dense (all of them computed on every token, only to compare speed).
+    `prefill` are the lengths of the prefill signatures (those beyond the context are left out), `experts` is one of
+    FORMS; dense ones only serve to compare speed.
     """
     if output.suffix != ".litertlm":
         raise UserError(f"the output is {output.name!r}; end its name in .litertlm, for LiteRT-LM")
-    if experts not in ("sparse", "dense"):
-        raise UserError(f"experts is {experts!r}; choose sparse or dense")
+    if experts not in FORMS:
+        raise UserError(f"experts is {experts!r}; choose one of {', '.join(FORMS)}")
     lengths = sorted({n for n in prefill if n <= context}) or [context]
 
     from conversion import readback  # slow to import, as what lowers is, and not needed to refuse
@@ -130,7 +131,7 @@ def write(
             weights = source(aside)
             say(f"lowering to decode and prefill of {', '.join(map(str, lengths))} tokens")
             lowered, bundled = aside / "model.tflite", aside / output.name
-            lower.export_tflite(weights, lowered, context, lengths, dense=experts == "dense", say=say)
+            lower.export_tflite(weights, lowered, context, lengths, experts=experts, say=say)
             say("bundling with tokenizer and chat template")
             bundle.write_bundle(lowered, tokenizer, bundled, context)
             sizes = [path.stat().st_size for path in (bundled, lowered)]
@@ -138,7 +139,7 @@ def write(
             say("reading all codes and scales back")
             parts, known = readback.sections(bundled), Codes(weights)
             # Experts side by side, which only serve to compare with, have no names in the file.
-            found = readback.compare(parts.tflite, known) if experts == "sparse" else readback.Findings()
+            found = readback.Findings() if experts == "dense" else readback.compare(parts.tflite, known)
             if found.mismatches:
                 raise UserError(f"{output} does not hold its source ({found.reports[0]}); check the disk")
             digest = _sha256(bundled)

@@ -10,10 +10,11 @@ import mmap
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -22,12 +23,14 @@ from litert_lm_builder import litertlm_core as core
 from litert_lm_builder import litertlm_header_schema_py_generated as header
 from litert_lm_builder.runtime.proto import llm_metadata_pb2 as _pb2
 
+from conversion.litert import kernel_op
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 
 pb2: Any = _pb2  # its classes are made at run time
 Expected = Mapping[str, tuple[np.ndarray, np.ndarray]]
 _AT_HAND = 1 << 26  # bytes of a file that may stay in memory
+_ROWS, _BLOCK = 16, 32  # of a group in a bank, and weights that share a scale there
 _EXPERT = re.compile(r"(?P<layer>.+)/(?P<expert>\d+)(_x\d+)?")  # a graph of one expert
 
 
@@ -42,7 +45,27 @@ class Sections:
 
 def sections(path: str | Path) -> Sections:
     """Open a bundle; UserError where it is missing, is no bundle, or lacks one of the parts."""
-    kinds, found = header.AnySectionDataType, {}
+    return _opened(path, _sections)
+
+
+def tflite_of(path: str | Path) -> memoryview:
+    """The .tflite of a bundle alone, which costs no time; errors as `sections`."""
+    return _opened(path, lambda found, _: found[header.AnySectionDataType.TFLiteModel])
+
+
+def _sections(found: dict[int, memoryview], path: str | Path) -> Sections:
+    kinds = header.AnySectionDataType
+    text = zlib.decompress(found[kinds.HF_Tokenizer_Zlib][8:])
+    return Sections(
+        found[kinds.TFLiteModel],
+        pb2.LlmMetadata.FromString(bytes(found[kinds.LlmMetadataProto])),
+        Tokenizer(tokenizers.Tokenizer.from_str(text.decode()), str(path)),
+    )
+
+
+def _opened(path: str | Path, read: Callable[[dict[int, memoryview], str | Path], Any]) -> Any:
+    """What `read` makes of the sections by kind."""
+    found = {}
     try:
         with Path(path).open("rb") as file:
             raw = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -56,12 +79,7 @@ def sections(path: str | Path) -> Sections:
             if part.EndOffset() > len(raw):
                 raise ValueError("it is truncated")
             found[part.DataType()] = raw[part.BeginOffset() : part.EndOffset()]
-        text = zlib.decompress(found[kinds.HF_Tokenizer_Zlib][8:])
-        return Sections(
-            found[kinds.TFLiteModel],
-            pb2.LlmMetadata.FromString(bytes(found[kinds.LlmMetadataProto])),
-            Tokenizer(tokenizers.Tokenizer.from_str(text.decode()), str(path)),
-        )
+        return read(found, path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; export a bundle first") from None
     except Exception as error:  # whatever parsers raise on bytes that are something else
@@ -85,13 +103,28 @@ class Findings:
         self.reports.append(report)
 
 
+class _Weight(NamedTuple):
+    """INT4 weights in the file: codes [out, in], scales [out, in/group], and a bank's sums [out]."""
+
+    names: list[str]
+    expert: int | None
+    codes: np.ndarray
+    scales: np.ndarray
+    sums: np.ndarray | None = None
+
+
 def compare(model: memoryview, expected: Expected) -> Findings:
     """Every code and scale of every INT4 tensor in a .tflite against `expected`, and nothing expected left out.
 
-    `expected` maps a weight's name to codes int8 [..., out, in] and scales float16 [..., out, in/group].
+    `expected` maps a weight's name to codes int8 [..., out, in] and scales float16 [..., out, in/group]. Of experts
+    in the kernel's layout, the sums that it keeps for the zero point are compared too.
     """
     result, left = Findings(), {}  # labels of each weight that was met, with their sizes, until they are met
-    for names, expert, codes, scales in _tensors(model):
+    read = 0
+    for names, expert, codes, scales, sums in chain(_tensors(model), _banks(model)):
+        if (read := read + codes.size // 2) > _AT_HAND and isinstance(model.obj, mmap.mmap):
+            model.obj.madvise(mmap.MADV_DONTNEED)  # what was read of a mapped file counts as memory of the process
+            read = 0
         unknown = [name for name in names if name not in expected]
         parts = [expected[n] if expert is None else _expert(expected[n], expert) for n in names if n in expected]
         heights = [part[0].shape[0] for part in parts]
@@ -107,7 +140,12 @@ def compare(model: memoryview, expected: Expected) -> Findings:
             if left[name].pop(label, 0):
                 result.codes_checked += want_codes.size
                 result.scales_checked += want_scales.size
-            for kind, got, want in (("codes", codes, want_codes), ("scales", scales, want_scales)):
+            pairs = [("codes", codes, want_codes), ("scales", scales, want_scales)]
+            if sums is not None:  # of a bank, which has a scale for every block
+                times = scales.shape[1] // want_scales.shape[1]
+                pairs[1] = ("scales", scales, np.repeat(want_scales, times, axis=1))
+                pairs.append(("sums", sums, _sums(want_codes, want_scales)))
+            for kind, got, want in pairs:
                 count = want.size if got[rows].shape != want.shape else np.sum(got[rows] != want)
                 if count:
                     result.wrong(int(count), f"{label}: {count} of {want.size} {kind} differ")
@@ -129,9 +167,9 @@ def _expert(weight: tuple[np.ndarray, np.ndarray], expert: int) -> tuple[np.ndar
     return (codes[:0], scales[:0]) if empty else (codes[expert], scales[expert])
 
 
-def _tensors(raw: memoryview) -> Iterator[tuple[list[str], int | None, np.ndarray, np.ndarray]]:
-    """(names, expert, codes [out, in], scales [out, in/group]) of each INT4 tensor, once per buffer and label."""
-    model, seen, read = tflite.Model.GetRootAs(raw, 0), set(), 0
+def _tensors(raw: memoryview) -> Iterator[_Weight]:
+    """Each INT4 tensor, once per buffer and label."""
+    model, seen = tflite.Model.GetRootAs(raw, 0), set()
     for i in range(model.SubgraphsLength()):
         graph: Any = model.Subgraphs(i)
         inside = _EXPERT.fullmatch((graph.Name() or b"").decode())
@@ -148,14 +186,58 @@ def _tensors(raw: memoryview) -> Iterator[tuple[list[str], int | None, np.ndarra
             seen.add(key)
             shape = tensor.ShapeAsNumpy()
             packed = _content(raw, model, tensor)
-            if (read := read + packed.size) > _AT_HAND and isinstance(raw.obj, mmap.mmap):
-                raw.obj.madvise(
-                    mmap.MADV_DONTNEED
-                )  # what was read of a mapped file counts as memory of the process
-                read = 0
-            nibbles = np.stack([packed & 15, packed >> 4], axis=-1).astype(np.int8)
+            codes = _signed(np.stack([packed & 15, packed >> 4], axis=-1)).reshape(shape)
             values = _content(raw, model, scales).view(np.float16).reshape(scales.ShapeAsNumpy())
-            yield label.split("+"), expert, ((nibbles ^ 8) - 8).reshape(shape), values
+            yield _Weight(label.split("+"), expert, codes, values)
+
+
+def _banks(raw: memoryview) -> Iterator[_Weight]:
+    """Each matrix of the experts in banks of the kernel's op, whose layout is told in kernel_op.py."""
+    model: Any = tflite.Model.GetRootAs(raw, 0)
+    seen = set()
+    for i in range(model.SubgraphsLength()):
+        graph = model.Subgraphs(i)
+        for j in range(graph.OperatorsLength()):
+            op = graph.Operators(j)
+            if model.OperatorCodes(op.OpcodeIndex()).CustomCode() != kernel_op.NAME.encode():
+                continue
+            count, _, width, hidden, _ = struct.unpack("<5I", op.CustomOptionsAsNumpy().tobytes())
+            tensor = graph.Tensors(op.Inputs(3))
+            if (key := (name := tensor.Name().decode(), tensor.Buffer())) in seen:
+                continue
+            seen.add(key)
+            kinds = {"gate_up": _matrix(2 * hidden, width), "down": _matrix(width, hidden)}
+            bank = _content(raw, model, tensor)
+            if bank.size != count * (expert := np.dtype(list(kinds.items()))).itemsize:
+                raise UserError(f"{name} does not hold {count} experts; export the bundle again")
+            for e, matrices in enumerate(bank.view(expert)):
+                for part in kinds:
+                    yield _unpacked(f"{name}.{part}_proj", e, matrices[part])
+
+
+def _matrix(rows: int, inputs: int) -> np.dtype:
+    blocks = inputs // _BLOCK
+    group = [("sums", "<f4", _ROWS), ("scales", "<u2", (blocks, _ROWS)), ("codes", "u1", (blocks, 4, _ROWS, 4))]
+    return np.dtype((np.dtype(group), (rows // _ROWS,)))
+
+
+def _unpacked(name: str, expert: int, groups: np.ndarray) -> _Weight:
+    packed, blocks = groups["codes"], groups["codes"].shape[1]
+    codes = _signed(np.stack([packed & 15, packed >> 4], axis=-1))  # group, block, run, row, place, nibble
+    codes = codes.transpose(0, 3, 1, 2, 5, 4).reshape(-1, blocks * _BLOCK)
+    scales = (groups["scales"].astype(np.uint32) << 16).view(np.float32).swapaxes(1, 2).reshape(-1, blocks)
+    return _Weight([name], expert, codes, scales, groups["sums"].reshape(-1))
+
+
+def _sums(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Minus the sum of a row's weights, added up in float32 by half blocks in their order: [out]."""
+    halves = codes.reshape(len(codes), -1, _BLOCK // 2).sum(-1, dtype=np.int32).astype(np.float32)
+    halves *= np.repeat(scales.astype(np.float32), halves.shape[1] // scales.shape[1], axis=1)
+    return -np.add.accumulate(halves, axis=1, dtype=np.float32)[:, -1]
+
+
+def _signed(nibbles: np.ndarray) -> np.ndarray:
+    return (nibbles.astype(np.int8) ^ 8) - 8
 
 
 def _blockwise(tensor: Any) -> Any:

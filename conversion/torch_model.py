@@ -176,7 +176,7 @@ class Decoder(nn.Module):
     def layer(self, layer: int, x: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
         """The state [B, S, D] after one layer; `around` as `embed` gives it."""
         h = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")
-        x = x + self._attention(layer, h, *around, cache)
+        x = x + self._attention(layer, h, *around, cache=cache)
         h = self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")
         return x + self._feed_forward(f"model.layers.{layer}.feed_forward", h)
 

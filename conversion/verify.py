@@ -18,6 +18,7 @@ import torch
 
 from conversion import heldout, keymap, readback, torch_ops
 from conversion.export import load, matching_tokenizer
+from conversion.kernel import register
 from conversion.litert.engine import Engine
 from conversion.readback import Findings
 from conversion.torch_model import MobileMoE, Reference
@@ -153,7 +154,7 @@ def torch_tflite(
     with tempfile.NamedTemporaryFile(suffix=".tflite") as file:
         file.write(tflite)
         file.flush()
-        runtime = Interpreter(file.name, num_threads=threads)
+        runtime = Interpreter(file.name, num_threads=threads, experimental_delegates=register.delegates(tflite))
         names = [name for name in runtime.get_signature_list() if name != "decode"]
         first = min(int(name.split("_")[1]) for name in names)
         decode = runtime.get_signature_runner("decode")

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -53,7 +53,7 @@ class Weights:
         self.config = config
         self.group = group
         self._arrays = dict(arrays)
-        self._read = lru_cache(_AT_HAND)(lambda name: self._arrays[name].read())
+        self._read = lru_cache(_AT_HAND)(lambda name: cast(Deferred, self._arrays[name]).read())
         self._check()
 
     def names(self) -> list[str]:

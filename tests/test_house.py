@@ -105,7 +105,7 @@ def test_every_imported_package_is_pinned_exactly():
         for name, version in PIN.findall(path.read_text()):
             assert name not in pins, f"{name} is pinned twice"
             pins[name.lower().replace("_", "-")] = version
-    distributions = EXTRAS | packages_distributions()
+    distributions = EXTRAS | dict(packages_distributions())
     own = {*PACKAGES, "tests", *sys.stdlib_module_names}
     for path in [*SOURCES, *(ROOT / "tests").rglob("*.py")]:
         for module in imported(path) - own:

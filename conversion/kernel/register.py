@@ -1,7 +1,8 @@
 """How each runtime here comes by the kernel; files without its op run as before.
 
 Python's Interpreter takes it as a delegate, CompiledModel finds it as an accelerator in its environment's folder,
-and LiteRT-LM's engine takes it from the variable that its library exports for an accelerator that is linked in.
+and LiteRT-LM's engine takes it from the variable that its library exports for an accelerator that is linked in. No
+function imports another runtime than its own, so that an engine's process holds that engine alone.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import litert_lm
 from ai_edge_litert import schema_py_generated as schema
-from ai_edge_litert.environment import Environment, EnvironmentOptions
-from ai_edge_litert.interpreter import load_delegate
 
 from conversion.kernel.build import library
 from conversion.litert.kernel_op import NAME
 from moe_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from ai_edge_litert.environment import Environment
 
 
 def needed(tflite: Any) -> bool:
@@ -30,17 +31,28 @@ def needed(tflite: Any) -> bool:
 
 def delegate() -> Any:
     """For Interpreter(..., experimental_delegates=[delegate()]): one for each interpreter."""
+    from ai_edge_litert.interpreter import load_delegate
+
     return load_delegate(str(library()))
+
+
+def delegates(tflite: Any) -> list[Any]:
+    """`delegate` for what runs this file, or none where it does not need the kernel."""
+    return [delegate()] if needed(tflite) else []
 
 
 def environment() -> Environment:
     """For CompiledModel.from_file(..., environment=environment()); takes the place of a GPU accelerator."""
+    from ai_edge_litert.environment import Environment, EnvironmentOptions
+
     return Environment.create(options=EnvironmentOptions(runtime_path=str(library().parent)))
 
 
 @functools.cache
 def in_engine() -> None:
     """For LiteRT-LM engines that this process makes from now on; takes the place of their GPU accelerator."""
+    import litert_lm
+
     kernel = ctypes.CDLL(str(library()))
     engine = ctypes.CDLL(str(Path(litert_lm.__file__).with_name("liblitert-lm.so")))
     try:

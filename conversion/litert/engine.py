@@ -18,6 +18,8 @@ import litert_lm
 import numpy as np
 from litert_lm import interfaces
 
+from conversion.kernel import register
+from conversion.readback import tflite_of
 from moe_jax.errors import UserError
 
 GREEDY = interfaces.SamplerConfig(top_k=1, temperature=0.0)
@@ -35,6 +37,8 @@ class Engine:
         """
         litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
         path, self._scratch = _bundle(path), None
+        if register.needed(tflite_of(path)):
+            register.in_engine()
         if cache_dir is None:
             self._scratch = tempfile.TemporaryDirectory()
             cache_dir = self._scratch.name

@@ -21,7 +21,7 @@ import struct
 from collections.abc import Callable, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flatbuffers
 import numpy as np
@@ -122,10 +122,10 @@ class Model:
             for buffer, size in zip(self.t.buffers, sizes, strict=True):
                 buffer.data, buffer.offset, buffer.size = None, 2 * bool(size), size  # 0 and 1 stand for no offset
             root = self._pack(0)
-            end, packed = _round_up(len(root), _ALIGN), schema.Model.GetRootAs(root)
+            end, packed = _round_up(len(root), _ALIGN), cast(Any, schema.Model.GetRootAs(root))
             for i, size in enumerate(sizes):
                 if size:  # now that the root's length is known
-                    table: Any = packed.Buffers(i)._tab
+                    table = packed.Buffers(i)._tab
                     struct.pack_into("<Q", root, table.Pos + table.Offset(_OFFSET_FIELD), end)
                     end = _round_up(end + size, _ALIGN)
             f.write(root)
@@ -168,11 +168,13 @@ class Model:
 
     def store_later(self, shape: tuple[int, int], group: int, packed: Read, scales: Read) -> Stored:
         """`store` of a weight that is read when the file is written: nibbles [out, in/2] and scales."""
-        rows, columns = shape
-        for length, read in ((rows * columns // 2, packed), (rows * columns // group * 2, scales)):
-            self.t.buffers.append(_Later(length, read))
-        last = len(self.t.buffers) - 1
-        return Stored(last - 1, last, shape, group)
+        size = shape[0] * shape[1]
+        return Stored(self.later(size // 2, packed), self.later(size // group * 2, scales), shape, group)
+
+    def later(self, length: int, read: Read) -> int:
+        """The index of a buffer of `length` bytes that are read when the file is written."""
+        self.t.buffers.append(_Later(length, read))
+        return len(self.t.buffers) - 1
 
     def opcode(self, name: str, version: int = 1, custom: str | None = None) -> int:
         """The index of an operator code, made at first use."""

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conversion.litert import markers
+from conversion.litert import kernel_op, markers
 from conversion.litert.dense import DenseExperts
 from conversion.litert.experts import Experts, expand
 from conversion.litert.flatbuffer import Graph, Kind, Model, Read, Stored
@@ -39,6 +39,9 @@ _SILENCE = 3.0  # seconds between two words on the progress
 
 class _Part(Decoder):
     """Stages of the model whose floats are inputs, by the names that `_input` gives them."""
+
+    _given: Mapping[str, Tensor]
+    forward: Callable[..., Any]  # each its own
 
     def _float(self, name: str) -> Tensor:
         return self._given[_input(name)]
@@ -92,12 +95,13 @@ def export_tflite(
     context: int,
     prefill: Sequence[int] = (16, 128),
     *,
-    dense: bool = False,
+    experts: str = "sparse",
     say: Callable[[str], object] = lambda _: None,
 ) -> None:
     """Write the model with signatures `decode` and `prefill_<n>` for a context of `context` tokens.
 
-    `dense` computes all experts on all tokens, which only serves to measure what sparsity is worth.
+    `experts` is one of `conversion.litert.FORMS`: sparse runs the chosen ones with stock ops, kernel with the op of
+    `conversion.kernel`; dense computes all on all tokens, which only serves to measure what sparsity is worth.
     """
     limit = weights.config.max_position_embeddings
     if not 0 < context <= limit:
@@ -106,7 +110,7 @@ def export_tflite(
         raise UserError(f"prefill lengths {tuple(prefill)} must lie between 1 and context {context}")
     length = cache_length(context, prefill)
     calls = {f"prefill_{n}": n for n in sorted(set(prefill))} | {"decode": 1}
-    stamp = _Stamp(weights, _lowered(weights, calls, length), dense, say)
+    stamp = _Stamp(weights, _lowered(weights, calls, length), experts, say)
     for name, tokens in calls.items():
         stamp.signature(name, inputs(weights.config, tokens, length))
     stamp.model.write(path)
@@ -148,15 +152,18 @@ def _floats(weights: Weights, layer: int) -> list[str]:
     return [name for name in names if not name.endswith("router.weight")]
 
 
+_Experts = Experts | DenseExperts | kernel_op.KernelExperts
+
+
 class _Stamp:
     """Puts parts together to the graphs of signatures; a weight is stored once however many graphs use it."""
 
-    def __init__(self, weights: Weights, parts: Model, dense: bool, say: Callable[[str], object]):
+    def __init__(self, weights: Weights, parts: Model, form: str, say: Callable[[str], object]):
         self.model, self.weights, self._say = Model(), weights, say
-        self._form = DenseExperts if dense else Experts
+        self._form = form
         self._int4 = set(weights.int4_names())
         self._stored: dict[tuple[str, ...], Stored] = {}
-        self._experts: dict[str, Experts | DenseExperts] = {}
+        self._experts: dict[str, _Experts] = {}
         self._parts = {_text(s.signatureKey): (parts.graphs[s.subgraphIndex], s) for s in parts.t.signatureDefs}
         self._bytes, self._done, self._begun, self._said = 0, 0, 0.0, 0.0
 
@@ -206,7 +213,7 @@ class _Stamp:
                 continue
             names = tuple(_at(n, layer) for n in json.loads(bytes(op.customOptions))["names"])
             out = int(op.outputs[0])
-            known[out] = g.tensor(*part.like(out), f"{label}/{names[0].removeprefix(_at(_FIRST, layer))}")
+            known[out] = g.tensor(*part.like(out), name=f"{label}/{names[0].removeprefix(_at(_FIRST, layer))}")
             self._expand(g, code, names, [known[int(i)] for i in op.inputs], known[out])
         return {n: known[i] for n, i in outputs.items()}
 
@@ -224,13 +231,20 @@ class _Stamp:
             else:
                 experts.expand(g, h, ids, mix, out)
 
-    def _bank(self, name: str) -> Experts | DenseExperts:
+    def _bank(self, name: str) -> _Experts:
         gate_up, down, activation = f"{name}.gate_up_proj", f"{name}.down_proj", self.weights.config.activation
-        if self._form is DenseExperts:
-            return DenseExperts(self.model, *map(self.weights.int4, (gate_up, down)), activation, name)
-        count = self.weights.shape(down)[0]
+        if self._form == "dense":
+            return DenseExperts(self.model, self.weights.int4(gate_up), self.weights.int4(down), activation, name)
+        int4, (count, width, inner) = self.weights.int4, self.weights.shape(down)
+        if self._form == "kernel":
+            size = count * kernel_op.expert_bytes(width, inner)
+            self._bytes += size
+            buffer = self.model.later(size, lambda: self._counted(kernel_op.pack(int4(gate_up), int4(down))))
+            return kernel_op.KernelExperts(buffer, (count, width, inner), activation, name)
+        # An expert's two matrices one after the other, so that they lie side by side in the file.
         pairs = [(self._store((gate_up,), e), self._store((down,), e)) for e in range(count)]
-        return Experts(self.model, *(list(bank) for bank in zip(*pairs, strict=True)), activation, name)
+        first, second = (list(bank) for bank in zip(*pairs, strict=True))
+        return Experts(self.model, first, second, activation, name)
 
     def _weight(self, g: Graph, names: tuple[str, ...]) -> int:
         label = _FUSED.join(names)

@@ -92,7 +92,7 @@ def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(run, tmp_path):
     ("options", "words"),
     [
         ({"context": 4096}, "context 4096"),
-        ({"experts": "few"}, "sparse or dense"),
+        ({"experts": "few"}, "sparse, kernel, dense"),
         ({"step": 7}, "no complete checkpoint of step 7"),
     ],
 )

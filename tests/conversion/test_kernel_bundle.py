@@ -1,0 +1,117 @@
+"""A bundle with the kernel's op: the same codes, the same answers, damage found by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conversion import bench, bench_profile, readback, roofline, verify, weights
+from conversion.__main__ import main
+from conversion.export import Codes, export, load
+from conversion.kernel import build, register
+from conversion.litert import kernel_op, lower
+from conversion.litert.engine import Engine
+from tests.conversion.conftest import CONTEXT, PREFILL, ROUTED
+
+pytestmark = [
+    pytest.mark.skipif(build.find_compiler() is None, reason="there is no C++ compiler"),
+    pytest.mark.parametrize("exported", ["moe"], indirect=True),
+]
+TEXT = "def add(first):\n    return first + 1  # and on"
+EXPERTS = "model.layers.1.feed_forward.experts"
+
+
+@pytest.fixture(scope="module")
+def kernel_bundle(run_dir, tmp_path_factory) -> Path:
+    """`exported`'s weights with the op, written by the command."""
+    path = tmp_path_factory.mktemp("kernel") / "m.litertlm"
+    words = [str(run_dir), str(path), "--experts", "kernel", "--context", str(CONTEXT)]
+    assert main(["export", *words, "--prefill", ",".join(map(str, PREFILL))]) == 0
+    return path
+
+
+def rung_1(run_dir: Path, path: Path) -> readback.Findings:
+    run, parameters, source = load(run_dir)
+    return verify.codes_and_scales(readback.tflite_of(path), run.model, parameters, source.group)
+
+
+def test_only_a_bundle_with_the_op_needs_the_kernel(exported, kernel_bundle):
+    assert register.needed(readback.tflite_of(kernel_bundle))
+    assert not register.needed(readback.tflite_of(exported.bundle))
+
+
+def test_the_engine_gives_the_tokens_of_the_stock_path(exported, kernel_bundle):
+    with Engine(exported.bundle, threads=1) as engine:
+        stock = engine.generate("add one", max_tokens=12), engine.score(TEXT)
+    with Engine(kernel_bundle, threads=1) as engine:
+        found = engine.generate("add one", max_tokens=12), engine.score(TEXT)
+    assert found[0] == stock[0] and found[0]
+    # Sigmoids that differ in the last bit let a hidden value fall to the next INT8 code now and then.
+    assert np.median(np.abs(found[1] - stock[1])) < 1e-5 and np.abs(found[1] - stock[1]).max() < 0.02
+
+
+def test_a_stock_bundle_runs_as_before_once_the_kernel_is_there(exported, kernel_bundle):
+    register.in_engine()
+    with Engine(exported.bundle, threads=1) as engine:
+        assert len(engine.score(TEXT)) == len(exported.tokenizer.encode(TEXT))
+
+
+def test_the_parity_ladder_holds(run_dir, kernel_bundle):
+    result = verify.verify(run_dir, kernel_bundle, texts=2, tokens=20, probes=6, threads=1)
+    assert [s for s in result["failed"] if "top1" not in s] == []  # random logits tie; see test_verify
+    source = load(run_dir)[2]
+    sizes = [source.int4(name) for name in source.int4_names()]
+    assert result["export"]["codes_checked"] == sum(weight.codes.size for weight in sizes)
+    assert result["export"]["scales_checked"] == sum(weight.scales.size for weight in sizes)
+    assert result["parity"]["engine_top1_agreement"] > 0.9
+
+
+# Of an expert's bytes, with D 64 and F 32: gate|up is 4 groups of 64 + 2 * 288 bytes, then comes down.
+DOWN = 4 * (64 + 2 * (32 + 256))
+
+
+@pytest.mark.parametrize(
+    ("byte", "mask", "report"),
+    [
+        (128, 0x01, "gate_up_proj[3]: 1 of 4096 codes differ"),
+        (DOWN, 0x40, "down_proj[3]: 1 of 64 sums differ"),
+        (DOWN + 64, 0x01, "down_proj[3]: 1 of 64 scales differ"),
+        (DOWN + 96, 0x01, "down_proj[3]: 1 of 2048 codes differ"),
+        (DOWN + 96 + 255, 0x80, "down_proj[3]: 1 of 2048 codes differ"),
+    ],
+)
+def test_a_flipped_bit_of_one_expert_is_named(run_dir, exported, kernel_bundle, tmp_path, byte, mask, report):
+    gate_up, down = (exported.weights.int4(f"{EXPERTS}.{part}_proj") for part in ("gate_up", "down"))
+    raw, wanted = bytearray(kernel_bundle.read_bytes()), kernel_op.pack(gate_up, down)[3].tobytes()
+    assert raw.count(wanted) == 1
+    raw[raw.index(wanted) + byte] ^= mask
+    (tmp_path / "damaged.litertlm").write_bytes(raw)
+    found = rung_1(run_dir, tmp_path / "damaged.litertlm")
+    assert (found.mismatches, found.reports) == (1, [f"{EXPERTS}.{report}"])
+
+
+def test_groups_of_64_are_read_back_as_trained(exported, tmp_path):
+    config = dataclasses.replace(exported.weights.config, moe=dataclasses.replace(ROUTED, expert_width=64))
+    source = weights.random(config, group=64)
+    lower.export_tflite(source, tmp_path / "m.tflite", CONTEXT, PREFILL, experts="kernel")
+    found = readback.compare(memoryview((tmp_path / "m.tflite").read_bytes()), Codes(source))
+    assert found.reports == [] and found.scales_checked == sum(source.scales(n).size for n in source.int4_names())
+
+
+def test_the_same_weights_give_the_same_bundle(run_dir, kernel_bundle, tmp_path):
+    export(run_dir, tmp_path / "m.litertlm", experts="kernel", context=CONTEXT, prefill=PREFILL)
+    assert (tmp_path / "m.litertlm").read_bytes() == kernel_bundle.read_bytes()
+
+
+def test_it_is_measured_profiled_and_predicted_as_any_other(exported, run_dir, kernel_bundle):
+    text = str(run_dir / "heldout.txt")
+    speed = bench.bench(kernel_bundle, text=text, texts=1, decode=4, prefill=[8], contexts=[24], threads=1)
+    assert speed["decode_tok_s"][24] > 0
+    found = bench_profile.profile(kernel_bundle, context=10, threads=1, calls=3, text=text)
+    assert found["decode"]["ops"][kernel_op.NAME][1] == exported.weights.config.num_layers
+    assert all("experts" in layer for layer in found["decode"]["layers"])
+    stock, kernel = (roofline.config_of(path) for path in (exported.bundle, kernel_bundle))
+    assert kernel == stock
