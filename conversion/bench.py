@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -67,6 +68,8 @@ def bench(
             f"{texts} texts take {room} tokens, which is more than lies between contexts {[0, *contexts]}; ask for "
             "others, or for fewer --decode or --texts"
         )
+    if llama_cpp is not None:
+        _require_llama(llama_cpp)
     cut = Texts(text, parts[0].tokenizer)
     cut.prompts(prefill[-1], texts)  # what is wrong with the text is told before anything is loaded
     work = _Work(cut, prefill, contexts, texts, decode, say)
@@ -85,7 +88,8 @@ def bench(
         if llama_cpp is not None:
             say(f"loading {llama_cpp}")
             kinds = [(n, flash) for n in range(1, threads + 1) for flash in ("", "flash")]
-            start = (Candidate("llama", llama_cpp, n, str(contexts[-1]), flash) for n, flash in kinds)
+            longest = str(max(*contexts, *prefill))
+            start = (Candidate("llama", llama_cpp, n, longest, flash) for n, flash in kinds)
             every["llama_cpp"] = [stack.enter_context(candidate) for candidate in start]
         found = work.run([candidate for group in every.values() for candidate in group])
         result = {name: _best([found[c] for c in group]) | first.get(name, {}) for name, group in every.items()}
@@ -94,6 +98,13 @@ def bench(
         other["ratio"] = _ratio(own, other)
     settings = {"texts": texts, "decode_tokens": decode, "text": text, "threads": threads}
     return own | result | {"settings": settings, "speed": _summary(own, result.get("against"))}
+
+
+def _require_llama(path: str | Path) -> None:
+    if find_spec("llama_cpp") is None:
+        raise UserError("llama.cpp's package is not installed; pip install -r requirements/gguf.txt")
+    if not Path(path).is_file():
+        raise UserError(f"there is no {path}; make it with 'python -m conversion gguf'")
 
 
 class _Work:
@@ -137,6 +148,12 @@ class _Work:
                         found[candidate]["decode_tok_s"][context].append(reply["tokens"] / reply["seconds"])
                     self._tell(self._decode, f"writing at context {context}")
             begun = context
+            for candidate, figures in found.items():
+                if not figures["decode_tok_s"][context]:
+                    raise UserError(
+                        f"{candidate.path} ended its answer at once wherever it was to write at context {context}; "
+                        "ask for more --texts"
+                    )
         return {candidate: _medians(candidate, figures) for candidate, figures in found.items()}
 
     def _tell(self, tokens: float, what: str) -> None:

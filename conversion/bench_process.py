@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
@@ -107,8 +106,3 @@ class Texts:
         if not begun and way:
             way[0] = way[0] | {"ids": [self.tokenizer.bos, *way[0]["ids"]]}
         return way
-
-
-def ids_of(pieces: Sequence[dict[str, Any]]) -> int:
-    """Tokens of some pieces."""
-    return sum(len(piece["ids"]) for piece in pieces)

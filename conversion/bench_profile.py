@@ -21,7 +21,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from conversion.bench_process import Texts
 from conversion.bench_runtime import Event, Runtime
-from conversion.litert import kernel_op
+from conversion.kernel import NAME as KERNEL
 from conversion.readback import sections
 from moe_jax.errors import UserError
 from moe_jax.files import write_bytes
@@ -191,7 +191,7 @@ def _spot(name: str) -> Spot | None:
 def _builtin(before: Spot, name: str) -> Spot:
     """Ops that no delegate takes: writes to the cache belong to attention, the rest of a layer to routing."""
     layer, part = before
-    if name == kernel_op.NAME:
+    if name == KERNEL:
         return layer, "experts"
     if part == "embedding" or name == "DYNAMIC_UPDATE_SLICE":
         return before

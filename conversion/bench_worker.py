@@ -50,7 +50,7 @@ def memory(pid: int | str = "self") -> dict[str, float]:
 
 
 def main(kind: str, path: str, threads: str, last: str, flash: str = "") -> None:
-    """Load and serve until the input ends; `last` is a cache folder, for llama.cpp the longest context."""
+    """Load and serve until the input ends; `last` is a cache folder, for llama.cpp the longest text."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -68,8 +68,11 @@ def main(kind: str, path: str, threads: str, last: str, flash: str = "") -> None
 
             begun = time.perf_counter()
             model = LlamaCpp(path, int(threads), int(last), bool(flash))
-    except (UserError, ImportError, ValueError) as error:
+    except UserError as error:
         reply({"error": str(error)})
+        return
+    except ValueError as error:  # llama.cpp's
+        reply({"error": f"llama.cpp cannot load {path} ({error}); write it again"})
         return
     reply({"load_s": time.perf_counter() - begun})
     for line in sys.stdin:

@@ -13,9 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from litert_lm import interfaces
-
-from conversion.litert.engine import GREEDY, Engine
+from conversion.litert.engine import Engine, reply
 from moe_jax.data.corpus import Message
 from moe_jax.errors import UserError
 
@@ -45,7 +43,8 @@ def chat(
     """
     at_terminal = prompts is None and sys.stdin.isatty()
     with ExitStack() as stack:
-        talk = _Talk(bundle, threads, max_tokens, temperature, top_p, seed)
+        sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        talk = _Talk(bundle, threads, max_tokens=max_tokens, **sampling)
         stack.enter_context(talk)
         experts: Any = None
         if show_experts:
@@ -63,13 +62,13 @@ def chat(
                 _say(_HELP)
             else:
                 try:
-                    reply = talk.answer(line, at_terminal)
+                    answer = talk.answer(line, at_terminal)
                 except UserError as error:
                     if not at_terminal:
                         raise
                     _say(f"{error}; /clear starts another")
                     continue
-                if experts and reply:
+                if experts and answer:
                     _show(experts, talk.history)
         return talk.replies
 
@@ -77,15 +76,10 @@ def chat(
 class _Talk(Engine):
     """A conversation that can be interrupted and cleared."""
 
-    def __init__(
-        self, bundle: str | Path, threads: int, max_tokens: int, temperature: float, top_p: float, seed: int
-    ) -> None:
+    def __init__(self, bundle: str | Path, threads: int, **options: Any) -> None:
+        """Load the bundle; `options` as `Engine.conversation`."""
         super().__init__(bundle, threads, measured=True)
-        chosen = interfaces.SamplerConfig(top_k=64, top_p=top_p, temperature=temperature, seed=seed)
-        self._options: Any = {
-            "sampler_config": chosen if temperature > 0 else GREEDY,
-            "max_output_tokens": max_tokens,
-        }
+        self._options = options
         self.replies: list[str] = []
         self._open = ExitStack()
         self._begin([])
@@ -102,44 +96,32 @@ class _Talk(Engine):
     def _begin(self, history: list[Message]) -> None:
         self._open.close()  # the engine has room for one
         self.history = history
-        self._talk = self._open.enter_context(
-            self._engine.create_conversation(messages=list(history), **self._options)
-        )
+        self._talk = self._open.enter_context(self.conversation(history=history, **self._options))
 
     def answer(self, message: str, measured: bool) -> str:
         """Print the reply as it comes, then its speed if `measured`; Ctrl-C ends it."""
-        begun, first, reply, stopped = time.perf_counter(), 0.0, "", False
+        begun, first, answer, stopped = time.perf_counter(), 0.0, "", False
         try:
-            for piece in self._pieces(message):
+            for piece in reply(self._talk, message):
                 first = first or time.perf_counter() - begun
-                reply += piece
+                answer += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             self._talk.cancel_process()
             stopped = True
         print(flush=True)
-        self.replies.append(reply)
-        turn: list[Message] = [{"role": "user", "content": message}, {"role": "assistant", "content": reply}]
+        self.replies.append(answer)
+        turn: list[Message] = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
         if stopped:
             _say("(stopped)")
             self._begin(self.history + turn)  # a cancelled conversation answers no more
-            return reply
+            return answer
         self.history += turn
         if measured:
             info, seconds = self._talk.get_benchmark_info(), time.perf_counter() - begun
             speed = f"{info.last_decode_tokens_per_second:.1f} tokens/s, first after {first:.2f} s"
             _say(f"({info.last_decode_token_count} tokens in {seconds:.1f} s: {speed})")
-        return reply
-
-    def _pieces(self, message: str) -> Iterator[str]:
-        try:
-            for piece in self._talk.send_message_async(message):
-                yield "".join(part.text for part in piece.contents if hasattr(part, "text"))
-        except RuntimeError as error:
-            raise UserError(
-                f"the engine stopped ({error}); the conversation may be longer than the bundle's context, so start "
-                "another or export with a larger --context"
-            ) from None
+        return answer
 
 
 def _show(experts: Any, history: list[Message]) -> None:

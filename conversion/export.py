@@ -55,7 +55,7 @@ def export(
     """
     begun, output = time.monotonic(), Path(output)
     tensors = output.with_suffix(".safetensors")
-    _free((output, tensors), overwrite)
+    free((output, tensors), overwrite)
     run, parameters = open_checkpoint(run_dir, step)
     group = group_of(run, run_dir, quantize_float)
     file = Path(tokenizer or Path(run_dir) / "tokenizer.json")
@@ -87,7 +87,7 @@ def export_random(
     Without `tokenizer` one is made of the embedded corpus and filled up to the model's vocabulary.
     """
     begun, output = time.monotonic(), Path(output)
-    _free((output,), overwrite)
+    free((output,), overwrite)
     if tokenizer is not None:
         Tokenizer.load(tokenizer).require(config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -251,7 +251,8 @@ def peak_rss_gb() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 
-def _free(paths: Sequence[Path], overwrite: bool) -> None:
+def free(paths: Sequence[Path], overwrite: bool) -> None:
+    """UserError if one of the paths is taken, unless `overwrite`."""
     for path in paths:
         if path.exists() and not overwrite:
             raise UserError(f"{path} exists; choose another output or pass --overwrite")

@@ -87,11 +87,12 @@ def export_random(
 
 
 def _free(output: str | Path, overwrite: bool) -> Path:
+    from conversion import export
+
     output = Path(output)
     if output.suffix != ".gguf":
         raise UserError(f"the output is {output.name!r}; end its name in .gguf, for llama.cpp")
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists; choose another output or pass --overwrite")
+    export.free((output,), overwrite)
     return output
 
 

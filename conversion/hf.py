@@ -7,6 +7,7 @@ from typing import Any
 from moe_jax.command_line import add_command, add_json
 from moe_jax.files import write_json
 
+LAYOUTS = ("bf16", "int4-g32")
 _ALLOW = "round INT4 experts again where groups run along the other axis; the report says what it costs"
 
 
@@ -36,7 +37,7 @@ def add_commands(commands: Any) -> None:
     )
     sub.add_argument("run_dir", metavar="run", help="run folder")
     sub.add_argument("folder", help="folder to write")
-    sub.add_argument("--format", dest="kind", choices=("bf16", "int4-g32"), default="bf16", help="default bf16")
+    sub.add_argument("--format", dest="kind", choices=LAYOUTS, default="bf16", help="default bf16")
     sub.add_argument("--step", type=int, help="this checkpoint instead of the last")
     sub.add_argument("--tokenizer", metavar="PATH", help="default: the run's tokenizer.json")
     sub.add_argument("--quantize-float", action="store_true", help="accept a run that had no QAT stage as INT4")

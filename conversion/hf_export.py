@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from conversion import hf_files, keymap
-from conversion.export import matching_tokenizer, open_checkpoint
+from conversion.export import group_of, matching_tokenizer, open_checkpoint
 from conversion.hf_companions import write_companions
 from conversion.hf_config import GROUP, hf_config
 from conversion.hf_files import DTYPES
@@ -26,8 +26,6 @@ from conversion.int4 import Int4
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
-
-LAYOUTS = ("bf16", "int4-g32")
 
 
 def export_folder(
@@ -46,7 +44,6 @@ def export_folder(
         UserError: no such checkpoint, a tokenizer that is not its own, a model or weights that the layout cannot
             hold, rounding that was not allowed, or a folder that is not empty. Nothing is left behind.
     """
-
     run_dir, folder, int4 = Path(run_dir), Path(folder).absolute(), kind == "int4-g32"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists; name another folder")
@@ -54,11 +51,8 @@ def export_folder(
     file = Path(tokenizer or run_dir / "tokenizer.json")
     found = matching_tokenizer(run_dir, run, file, step)
     described = hf_config(run.model, found, int4)
-    if int4 and run.quant is None and not quantize_float:
-        raise UserError(
-            f"{run_dir} is a {run.stage} run without quantisation; export the folder of its QAT stage, export as "
-            "bf16, or pass --quantize-float to round weights that were not trained for it"
-        )
+    if int4:
+        group_of(run, run_dir, quantize_float)
     writer = _Writer(run, parameters, int4, allow_requantization)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:

@@ -106,7 +106,7 @@ def _header(file: Path) -> dict[str, Entry]:
         raise UserError(f"the header of {file} is damaged ({error}); {_MEND}") from None
     fields.pop("__metadata__", None)
     entries, end = {}, 0
-    for name, field in sorted(fields.items(), key=lambda item: str(item[1])):
+    for name, field in fields.items():
         entries[name] = _entry(file, name, field, 8 + length)
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
         if entry.start != 8 + length + end:

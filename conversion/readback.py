@@ -1,6 +1,6 @@
 """What a .litertlm really holds, read without the code that wrote it.
 
-The container and the flatbuffer are walked through their schemas, nibbles are unpacked by another formula than the
+The flatbuffer is walked through its schema, nibbles are unpacked by another formula than the
 writer's, and each INT4 tensor is put down to weights of the checkpoint by its name in the file.
 """
 
@@ -10,7 +10,7 @@ import mmap
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 from ai_edge_litert import schema_py_generated as tflite
-from litert_lm_builder import litertlm_core as core
 from litert_lm_builder import litertlm_header_schema_py_generated as header
 from litert_lm_builder.runtime.proto import llm_metadata_pb2 as _pb2
 
-from conversion.litert import kernel_op
+from conversion.kernel import NAME
+from conversion.litert import container
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 
@@ -45,12 +45,7 @@ class Sections:
 
 def sections(path: str | Path) -> Sections:
     """Open a bundle; UserError where it is missing, is no bundle, or lacks one of the parts."""
-    return _opened(path, _sections)
-
-
-def tflite_of(path: str | Path) -> memoryview:
-    """The .tflite of a bundle alone, which costs no time; errors as `sections`."""
-    return _opened(path, lambda found, _: found[header.AnySectionDataType.TFLiteModel])
+    return container.read(path, _sections)
 
 
 def _sections(found: dict[int, memoryview], path: str | Path) -> Sections:
@@ -61,31 +56,6 @@ def _sections(found: dict[int, memoryview], path: str | Path) -> Sections:
         pb2.LlmMetadata.FromString(bytes(found[kinds.LlmMetadataProto])),
         Tokenizer(tokenizers.Tokenizer.from_str(text.decode()), str(path)),
     )
-
-
-def _opened(path: str | Path, read: Callable[[dict[int, memoryview], str | Path], Any]) -> Any:
-    """What `read` makes of the sections by kind."""
-    found = {}
-    try:
-        with Path(path).open("rb") as file:
-            raw = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        if bytes(raw[:8]) != core.HEADER_MAGIC_BYTES:
-            raise ValueError("it does not start with LITERTLM")
-        (end,) = struct.unpack_from("<Q", raw, core.HEADER_END_LOCATION_BYTE_OFFSET)
-        root = header.LiteRTLMMetaData.GetRootAs(bytes(raw[core.HEADER_BEGIN_BYTE_OFFSET : end]), 0)
-        listed: Any = root.SectionMetadata()
-        for i in range(listed.ObjectsLength()):
-            part = listed.Objects(i)
-            if part.EndOffset() > len(raw):
-                raise ValueError("it is truncated")
-            found[part.DataType()] = raw[part.BeginOffset() : part.EndOffset()]
-        return read(found, path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; export a bundle first") from None
-    except Exception as error:  # whatever parsers raise on bytes that are something else
-        raise UserError(
-            f"{path} is no whole .litertlm bundle of a language model ({error}); export it again"
-        ) from None
 
 
 @dataclass
@@ -199,7 +169,7 @@ def _banks(raw: memoryview) -> Iterator[_Weight]:
         graph = model.Subgraphs(i)
         for j in range(graph.OperatorsLength()):
             op = graph.Operators(j)
-            if model.OperatorCodes(op.OpcodeIndex()).CustomCode() != kernel_op.NAME.encode():
+            if model.OperatorCodes(op.OpcodeIndex()).CustomCode() != NAME.encode():
                 continue
             count, _, width, hidden, _ = struct.unpack("<5I", op.CustomOptionsAsNumpy().tobytes())
             tensor = graph.Tensors(op.Inputs(3))

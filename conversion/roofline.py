@@ -138,7 +138,7 @@ def config_of(bundle: str | Path) -> ModelConfig:
     """The shapes of a bundle's model, as far as its decode graph shows them."""
     from ai_edge_litert import schema_py_generated as schema
 
-    from conversion.litert import kernel_op
+    from conversion.kernel import NAME as KERNEL
     from conversion.readback import sections
 
     parts = sections(bundle)
@@ -155,7 +155,7 @@ def config_of(bundle: str | Path) -> ModelConfig:
         code = codes[op.OpcodeIndex()]
         if code.BuiltinCode() == schema.BuiltinOperator.TOPK_V2:
             choices = int(graph.Tensors(op.Outputs(0)).ShapeAsNumpy()[-1])
-        if (code.CustomCode() or b"").decode() == kernel_op.NAME:
+        if (code.CustomCode() or b"").decode() == KERNEL:
             experts, choices, _, width, _ = struct.unpack("<5I", op.CustomOptionsAsNumpy().tobytes())
     for i in range(model.SubgraphsLength()):
         name = (model.Subgraphs(i).Name() or b"").decode()

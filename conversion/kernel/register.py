@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ai_edge_litert import schema_py_generated as schema
 
+from conversion.kernel import NAME
 from conversion.kernel.build import library
-from conversion.litert.kernel_op import NAME
 from moe_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ that is lost is the second of two equal ones and every position is right.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ import numpy as np
 from litert_lm import interfaces
 
 from conversion.kernel import register
-from conversion.readback import tflite_of
+from conversion.litert import container
+from moe_jax.data.corpus import Message
 from moe_jax.errors import UserError
 
 GREEDY = interfaces.SamplerConfig(top_k=1, temperature=0.0)
@@ -33,11 +33,11 @@ class Engine:
     ):
         """Load the .litertlm at `path`; `cache_dir` is made when missing, and is temporary by default.
 
-        `measured` makes the engine count tokens and seconds, as `run` and `prompt_tokens` need.
+        `measured` makes the engine count tokens and seconds, as `prompt_tokens` needs.
         """
         litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
         path, self._scratch = _bundle(path), None
-        if register.needed(tflite_of(path)):
+        if register.needed(container.tflite(path)):
             register.in_engine()
         if cache_dir is None:
             self._scratch = tempfile.TemporaryDirectory()
@@ -78,59 +78,41 @@ class Engine:
         """What the engine answers for a token: its text, or nothing for one that ends the answer."""
         return "" if token in self.stop_tokens else self._engine.detokenize([token])
 
-    @contextmanager
     def conversation(
-        self, max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
-    ) -> Iterator[Callable[[str], Iterator[str]]]:
-        """A conversation through the bundle's chat template: a function from message to pieces of the reply.
+        self,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        history: Sequence[Message] = (),
+    ) -> Any:
+        """A conversation through the bundle's chat template, a context manager; `reply` talks in it.
 
-        Temperature 0 is greedy; `max_tokens` bounds each reply.
+        It goes on after `history`. Temperature 0 is greedy; `max_tokens` bounds each reply. An engine has room for
+        one at a time.
         """
         chosen = interfaces.SamplerConfig(top_k=64, top_p=top_p, temperature=temperature, seed=seed)
-        sampler = chosen if temperature > 0 else GREEDY
-        with self._engine.create_conversation(sampler_config=sampler, max_output_tokens=max_tokens) as conversation:
-
-            def say(message: str) -> Iterator[str]:
-                try:
-                    for piece in conversation.send_message_async(message):
-                        yield "".join(part.text for part in piece.contents if hasattr(part, "text"))
-                except RuntimeError as error:
-                    raise UserError(
-                        f"the engine stopped ({error}); the conversation may be longer than the "
-                        "bundle's context, so start another or export with a larger --context"
-                    ) from None
-
-            yield say
-
-    def stream(self, prompt: str, max_tokens: int = 256, **sampling: Any) -> Iterator[str]:
-        """Pieces of the reply to one user message; options as `conversation`."""
-        with self.conversation(max_tokens, **sampling) as say:
-            yield from say(prompt)
+        return self._engine.create_conversation(
+            messages=list(history),
+            sampler_config=chosen if temperature > 0 else GREEDY,
+            max_output_tokens=max_tokens,
+        )
 
     def prompt_tokens(self, prompt: str) -> tuple[list[int], int]:
         """What one user message becomes: ids of the rendered template, and how many tokens are really taken in.
 
         They differ by the start token, which the engine puts in front by itself.
         """
-        with self._engine.create_conversation(sampler_config=GREEDY, max_output_tokens=1) as conversation:
+        with self.conversation(1) as conversation:
             rendered = conversation.render_message_to_string(prompt)
             conversation.send_message(prompt)
             info = conversation.get_benchmark_info()
             return self.tokenize(rendered), info.last_prefill_token_count
 
-    def run(self, text: str, max_tokens: int, seed: int = 0) -> interfaces.BenchmarkInfo:
-        """Take in a text and sample `max_tokens` at temperature 1: tokens and speeds of both."""
-        sampler = interfaces.SamplerConfig(top_k=64, top_p=1.0, temperature=1.0, seed=seed)
-        with self._engine.create_session(
-            apply_prompt_template=False, sampler_config=sampler, max_output_tokens=max_tokens
-        ) as session:
-            _fits(session.run_prefill, [text])
-            session.run_decode()
-            return session.get_benchmark_info()
-
     def generate(self, prompt: str, max_tokens: int = 256, **sampling: Any) -> str:
-        """The whole reply to one user message; options as `stream`."""
-        return "".join(self.stream(prompt, max_tokens, **sampling))
+        """The whole reply to one user message; options as `conversation`."""
+        with self.conversation(max_tokens, **sampling) as conversation:
+            return "".join(reply(conversation, prompt))
 
     def next_token(self, prefix: str) -> str:
         """The likeliest token after the start token and `prefix` (not empty), as `token_text` writes it.
@@ -154,6 +136,18 @@ class Engine:
         return self._engine.create_session(
             apply_prompt_template=False, sampler_config=GREEDY, max_output_tokens=max_tokens
         )
+
+
+def reply(conversation: Any, message: str) -> Iterator[str]:
+    """Pieces of the reply to a user message, as they come; UserError where it does not fit the context."""
+    try:
+        for piece in conversation.send_message_async(message):
+            yield "".join(part.text for part in piece.contents if hasattr(part, "text"))
+    except RuntimeError as error:
+        raise UserError(
+            f"the engine stopped ({error}); the conversation may be longer than the bundle's context, so start "
+            "another or export with a larger --context"
+        ) from None
 
 
 def _fits(call: Callable[[list[str]], Any], texts: list[str]) -> Any:

@@ -19,9 +19,9 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from conversion.int4 import Int4, pack_nibbles
+from conversion.kernel import NAME
 from conversion.litert.flatbuffer import Graph
 
-NAME = "moe_jax.routed_experts"
 ACTIVATIONS = ("silu", "gelu_tanh")
 _ROWS, _BLOCK = 16, 32
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conversion import bench, bench_layer, bench_profile, readback
-from conversion.bench_process import Candidate, Texts, ids_of
+from conversion.bench_process import Candidate, Texts
 from conversion.bench_runtime import Runtime
 from conversion.bench_worker import memory
 from conversion.torch_model import MobileMoE, Reference
@@ -50,7 +50,7 @@ def test_a_model_reads_and_writes_as_many_tokens_as_it_is_asked_to(exported, sou
         assert len(prompt["ids"]) == 20 and model.ask("prefill", **prompt)["tokens"] == 20
         model.ask("start", decode=3)
         pieces = texts.way(0, 15)
-        assert ids_of(pieces) == 15
+        assert sum(len(piece["ids"]) for piece in pieces) == 15
         assert sum(model.ask("read", **piece)["tokens"] for piece in pieces) == 15
         assert model.ask("write", ids=[])["tokens"] <= 3
         (more,) = texts.pieces(4, 1)
@@ -75,6 +75,16 @@ def test_a_process_that_dies_is_named(exported, tmp_path):
 def test_what_does_not_fit_is_said_before_anything_is_loaded(exported, changed, sentence):
     with pytest.raises(UserError, match=sentence):
         bench.bench(exported.bundle, **SMALL | changed)
+
+
+@KINDS
+@pytest.mark.parametrize(("package", "sentence"), [(None, "requirements/gguf.txt"), (bench, "conversion gguf")])
+def test_a_comparison_with_llama_cpp_wants_its_package_and_a_file(
+    exported, tmp_path, monkeypatch, package, sentence
+):
+    monkeypatch.setattr(bench, "find_spec", {"llama_cpp": package}.get)
+    with pytest.raises(UserError, match=sentence):
+        bench.bench(exported.bundle, llama_cpp=tmp_path / "m.gguf", **SMALL)
 
 
 @KINDS

@@ -19,6 +19,7 @@ from ai_edge_litert.options import Options
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conversion import readback
 from conversion.int4 import Int4
 from conversion.kernel import build, register
 from conversion.litert.experts import feed_forward
@@ -96,6 +97,21 @@ def test_a_bank_gives_back_codes_and_scales_bit_for_bit(group):
     for found, weight in zip(unpack(pack(*bank), 64, 64), bank, strict=True):
         assert np.array_equal(found.codes, weight.codes)
         assert np.array_equal(found.scales, np.repeat(weight.scales, group // 32, axis=-1))
+
+
+def test_groups_of_64_are_read_back_as_trained(tmp_path):
+    rng = np.random.default_rng(64)
+    matrices = [
+        Int4(rng.integers(-8, 8, shape, np.int8), rng.choice([0.25, 0.375, 2.0**-14], (*shape[:2], 1)))
+        for shape in ((3, 128, 64), (3, 64, 64))
+    ]
+    model = Model()
+    experts = KernelExperts(model.buffer(pack(*matrices)), (3, 64, 64), "silu", "ffn")
+    signature_of(model, "decode", 1, 64, 2, experts.expand)
+    model.write(tmp_path / "m.tflite")
+    expected = {f"ffn.{n}_proj": (m.codes, m.scales) for n, m in zip(("gate_up", "down"), matrices, strict=True)}
+    found = readback.compare(memoryview((tmp_path / "m.tflite").read_bytes()), expected)
+    assert (found.codes_checked, found.scales_checked, found.reports) == (3 * 192 * 64, 3 * 192, [])
 
 
 def test_widths_that_the_kernel_cannot_take_are_refused():

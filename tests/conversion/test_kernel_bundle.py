@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conversion import bench, bench_profile, readback, roofline, verify, weights
+from conversion import bench, bench_profile, readback, roofline, verify
 from conversion.__main__ import main
-from conversion.export import Codes, export, load
-from conversion.kernel import build, register
-from conversion.litert import kernel_op, lower
+from conversion.export import export, load
+from conversion.kernel import NAME, build, register
+from conversion.litert import container, kernel_op
 from conversion.litert.engine import Engine
-from tests.conversion.conftest import CONTEXT, PREFILL, ROUTED
+from tests.conversion.conftest import CONTEXT, PREFILL
 
 pytestmark = [
     pytest.mark.skipif(build.find_compiler() is None, reason="there is no C++ compiler"),
@@ -35,12 +34,12 @@ def kernel_bundle(run_dir, tmp_path_factory) -> Path:
 
 def rung_1(run_dir: Path, path: Path) -> readback.Findings:
     run, parameters, source = load(run_dir)
-    return verify.codes_and_scales(readback.tflite_of(path), run.model, parameters, source.group)
+    return verify.codes_and_scales(container.tflite(path), run.model, parameters, source.group)
 
 
 def test_only_a_bundle_with_the_op_needs_the_kernel(exported, kernel_bundle):
-    assert register.needed(readback.tflite_of(kernel_bundle))
-    assert not register.needed(readback.tflite_of(exported.bundle))
+    assert register.needed(container.tflite(kernel_bundle))
+    assert not register.needed(container.tflite(exported.bundle))
 
 
 def test_the_engine_gives_the_tokens_of_the_stock_path(exported, kernel_bundle):
@@ -93,14 +92,6 @@ def test_a_flipped_bit_of_one_expert_is_named(run_dir, exported, kernel_bundle, 
     assert (found.mismatches, found.reports) == (1, [f"{EXPERTS}.{report}"])
 
 
-def test_groups_of_64_are_read_back_as_trained(exported, tmp_path):
-    config = dataclasses.replace(exported.weights.config, moe=dataclasses.replace(ROUTED, expert_width=64))
-    source = weights.random(config, group=64)
-    lower.export_tflite(source, tmp_path / "m.tflite", CONTEXT, PREFILL, experts="kernel")
-    found = readback.compare(memoryview((tmp_path / "m.tflite").read_bytes()), Codes(source))
-    assert found.reports == [] and found.scales_checked == sum(source.scales(n).size for n in source.int4_names())
-
-
 def test_the_same_weights_give_the_same_bundle(run_dir, kernel_bundle, tmp_path):
     export(run_dir, tmp_path / "m.litertlm", experts="kernel", context=CONTEXT, prefill=PREFILL)
     assert (tmp_path / "m.litertlm").read_bytes() == kernel_bundle.read_bytes()
@@ -111,7 +102,7 @@ def test_it_is_measured_profiled_and_predicted_as_any_other(exported, run_dir, k
     speed = bench.bench(kernel_bundle, text=text, texts=1, decode=4, prefill=[8], contexts=[24], threads=1)
     assert speed["decode_tok_s"][24] > 0
     found = bench_profile.profile(kernel_bundle, context=10, threads=1, calls=3, text=text)
-    assert found["decode"]["ops"][kernel_op.NAME][1] == exported.weights.config.num_layers
+    assert found["decode"]["ops"][NAME][1] == exported.weights.config.num_layers
     assert all("experts" in layer for layer in found["decode"]["layers"])
     stock, kernel = (roofline.config_of(path) for path in (exported.bundle, kernel_bundle))
     assert kernel == stock
