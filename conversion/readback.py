@@ -171,24 +171,28 @@ def _banks(raw: memoryview) -> Iterator[_Weight]:
             op = graph.Operators(j)
             if model.OperatorCodes(op.OpcodeIndex()).CustomCode() != NAME.encode():
                 continue
-            count, _, width, hidden, _ = struct.unpack("<5I", op.CustomOptionsAsNumpy().tobytes())
-            tensor = graph.Tensors(op.Inputs(3))
-            if (key := (name := tensor.Name().decode(), tensor.Buffer())) in seen:
+            tensor, options = graph.Tensors(op.Inputs(3)), bytes(op.CustomOptionsAsNumpy())
+            if (key := (name := tensor.Name().decode(), tensor.Buffer(), options)) in seen:
                 continue
             seen.add(key)
-            kinds = {"gate_up": _matrix(2 * hidden, width), "down": _matrix(width, hidden)}
-            bank = _content(raw, model, tensor)
-            if bank.size != count * (expert := np.dtype(list(kinds.items()))).itemsize:
-                raise UserError(f"{name} does not hold {count} experts; export the bundle again")
-            for e, matrices in enumerate(bank.view(expert)):
-                for part in kinds:
+            try:
+                count, _, width, hidden, _ = struct.unpack("<5I", options)
+                expert = [("gate_up", *_matrix(2 * hidden, width)), ("down", *_matrix(width, hidden))]
+                bank = _content(raw, model, tensor).view(expert).reshape(count)
+            except (struct.error, ValueError) as error:
+                raise UserError(
+                    f"{name} does not hold the experts that its op describes ({error}); export the bundle again"
+                ) from None
+            for e, matrices in enumerate(bank):
+                for part in ("gate_up", "down"):
                     yield _unpacked(f"{name}.{part}_proj", e, matrices[part])
 
 
-def _matrix(rows: int, inputs: int) -> np.dtype:
+def _matrix(rows: int, inputs: int) -> tuple[list, int]:
+    """How a group lies in a bank, and how many a matrix has."""
     blocks = inputs // _BLOCK
     group = [("sums", "<f4", _ROWS), ("scales", "<u2", (blocks, _ROWS)), ("codes", "u1", (blocks, 4, _ROWS, 4))]
-    return np.dtype((np.dtype(group), (rows // _ROWS,)))
+    return group, rows // _ROWS
 
 
 def _unpacked(name: str, expert: int, groups: np.ndarray) -> _Weight:

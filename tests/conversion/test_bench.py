@@ -87,6 +87,23 @@ def test_a_comparison_with_llama_cpp_wants_its_package_and_a_file(
         bench.bench(exported.bundle, llama_cpp=tmp_path / "m.gguf", **SMALL)
 
 
+class Silent(Candidate):
+    """A model that ends every answer at once."""
+
+    def __init__(self):
+        self.path, self.threads, self.load_s, self.memory = "m.litertlm", 1, 1.0, {}
+
+    def ask(self, do, **order):
+        return {"tokens": 8, "seconds": 0.0 if do == "write" else 1.0, "ttft": 1.0}
+
+
+@KINDS
+def test_a_model_that_writes_nothing_is_named(exported, source):
+    texts = Texts(source, exported.tokenizer)
+    with pytest.raises(UserError, match=r"m\.litertlm ended its answer at once .* context 24"):
+        bench._Work(texts, [8], [24], 1, 4, print).run([Silent()])
+
+
 @KINDS
 def test_bundles_of_different_tokenizers_are_not_compared(exported, tmp_path):
     from conversion.litert import bundle

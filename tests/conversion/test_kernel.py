@@ -112,6 +112,11 @@ def test_groups_of_64_are_read_back_as_trained(tmp_path):
     expected = {f"ffn.{n}_proj": (m.codes, m.scales) for n, m in zip(("gate_up", "down"), matrices, strict=True)}
     found = readback.compare(memoryview((tmp_path / "m.tflite").read_bytes()), expected)
     assert (found.codes_checked, found.scales_checked, found.reports) == (3 * 192 * 64, 3 * 192, [])
+    for wrong in (struct.pack("<5I", 4, 2, 64, 64, 0), struct.pack("<5I", 3, 2, 1 << 31, 64, 0), b"short"):
+        model.graphs[0].ops[0].customOptions = np.frombuffer(wrong, np.uint8)
+        model.write(tmp_path / "m.tflite")
+        with pytest.raises(UserError, match="ffn does not hold the experts"):
+            readback.compare(memoryview((tmp_path / "m.tflite").read_bytes()), expected)
 
 
 def test_widths_that_the_kernel_cannot_take_are_refused():
