@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,7 +92,8 @@ class Silent(Candidate):
     """A model that ends every answer at once."""
 
     def __init__(self):
-        self.path, self.threads, self.load_s, self.memory = "m.litertlm", 1, 1.0, {}
+        self.path: str | Path = "m.litertlm"
+        self.threads, self.load_s, self.memory = 1, 1.0, {}
 
     def ask(self, do, **order):
         return {"tokens": 8, "seconds": 0.0 if do == "write" else 1.0, "ttft": 1.0}
