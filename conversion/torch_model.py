@@ -95,7 +95,7 @@ class Reference:
 
     def linear(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         """See `Ops.linear`."""
-        return self._round(x) @ self._float(names).T
+        return self.rounded(x, "+".join(names)) @ self._float(names).T
 
     def router(self, h: Tensor, name: str) -> Tensor:
         """See `Ops.router`."""
@@ -112,22 +112,26 @@ class Reference:
         out = torch.zeros_like(h)
         for expert in ids.unique().tolist():
             rows, slot = (ids == expert).nonzero(as_tuple=True)
-            up = self._round(h[rows]) @ torch.from_numpy(gate_up[expert]).T
+            up = self.rounded(h[rows], f"{name}.{expert}.gate_up", rows) @ torch.from_numpy(gate_up[expert]).T
             act = gated(up, self._weights.config.activation)
-            y = self._round(act) @ torch.from_numpy(down[expert]).T
+            y = self.rounded(act, f"{name}.{expert}.down", rows) @ torch.from_numpy(down[expert]).T
             out.index_add_(0, rows, weights[rows, slot, None] * y)
         return out
+
+    def rounded(self, x: Tensor, product: str, tokens: Tensor | None = None) -> Tensor:
+        """x [..., in] as the weights see it: each row in INT8.
+
+        `product` and `tokens` [rows], where rows are not all tokens in order, tell an override what it rounds.
+        """
+        if not self._int8:
+            return x
+        codes, scale, zero = fake_quant.quantize_rows_int8(x.numpy())
+        return torch.from_numpy((codes.astype(np.float32) - zero) * scale)
 
     def _float(self, names: tuple[str, ...]) -> Tensor:
         if names not in self._dense:
             self._dense[names] = torch.from_numpy(self._weights.fused(names).dequantize())
         return self._dense[names]
-
-    def _round(self, x: Tensor) -> Tensor:
-        if not self._int8:
-            return x
-        codes, scale, zero = fake_quant.quantize_rows_int8(x.numpy())
-        return torch.from_numpy((codes.astype(np.float32) - zero) * scale)
 
 
 def gated(gate_up: Tensor, activation: str) -> Tensor:
