@@ -28,7 +28,7 @@ MASKED = -1e30  # added to the scores of positions that must not be seen; finite
 
 
 class Ops(Protocol):
-    """The primitives that touch INT4 weights, named by their tensors."""
+    """The primitives whose form in a file is its own business: INT4 weights, by name, and what reads the cache."""
 
     def linear(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         """x [..., in] times the weights [out, in], one below the other: [..., sum of out]."""
@@ -44,6 +44,13 @@ class Ops(Protocol):
 
     def experts(self, h: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
         """Sum over k of weights [T, K] times the feed-forward of expert ids [T, K] (int32) on h [T, D]."""
+        ...
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, name: str) -> Tensor:
+        """Softmax of q [B, G, N/G*S, H] times k [B, G, C, H] plus mask [1, 1, S, C], times v: q's shape.
+
+        The rows of a group are its heads one after the other, S positions each.
+        """
         ...
 
 
@@ -118,6 +125,11 @@ class Reference:
             out.index_add_(0, rows, weights[rows, slot, None] * y)
         return out
 
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, name: str) -> Tensor:
+        """See `Ops.attention`."""
+        scores = q @ k.mT + mask.repeat(1, 1, q.shape[2] // mask.shape[2], 1)
+        return torch.softmax(scores, dim=-1) @ v
+
     def rounded(self, x: Tensor, product: str, tokens: Tensor | None = None) -> Tensor:
         """x [..., in] as the weights see it: each row in INT8.
 
@@ -163,22 +175,21 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """Normed state [B, S, D] of tokens [B, S] at int32 positions [S]; mask [1, 1, S, C] is added to scores."""
-        x, *around = self.embed(tokens, positions, mask)
+        x, *turns = self.embed(tokens, positions)
         for layer in range(self.config.num_layers):
-            x = self.layer(layer, x, around, cache)
+            x = self.layer(layer, x, (*turns, mask), cache)
         return self.final(x)
 
-    def embed(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """State [B, S, D], and what every layer looks at: cosines and sines [S, 1, H], mask of a group's rows."""
+    def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """State [B, S, D], and the cosines and sines [S, 1, H] that every layer turns by."""
         c = self.config
         batch, length = tokens.shape
         x = self.ops.embedding(tokens.reshape(-1), EMBEDDING).reshape(batch, length, c.d_model)
         cos, sin = (torch_ops.rows(table, positions)[:, None] for table in (self.cos, self.sin))
-        # Query heads of one group become rows of one product, so the mask repeats along the rows.
-        return x, cos, sin, torch.cat([mask] * (c.num_heads // c.num_kv_heads), dim=2)
+        return x, cos, sin
 
     def layer(self, layer: int, x: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
-        """The state [B, S, D] after one layer; `around` as `embed` gives it."""
+        """The state [B, S, D] after one layer; `around` is cosines, sines and mask."""
         h = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")
         x = x + self._attention(layer, h, *around, cache=cache)
         h = self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")
@@ -204,9 +215,8 @@ class Decoder(nn.Module):
         qk = qk * cos + (qk @ self.turn) * sin
         q = (qk[:, :, :n] * width**-0.5).transpose(1, 2)
         k, v = cache.update(layer, qk[:, :, n:].transpose(1, 2), v.transpose(1, 2))
-        q = q.reshape(batch, g, n // g * length, width)
-        weights = torch.softmax(torch_ops.product(q, k, True) + mask, dim=-1)
-        out = torch_ops.product(weights, v, False).reshape(batch, n, length, width).transpose(1, 2)
+        q = q.reshape(batch, g, n // g * length, width)  # query heads of one group become rows of one product
+        out = self.ops.attention(q, k, v, mask, name).reshape(batch, n, length, width).transpose(1, 2)
         return self.ops.linear(out.reshape(batch, length, n * width), (f"{name}.o_proj",))
 
     def _feed_forward(self, name: str, x: Tensor) -> Tensor:

@@ -25,20 +25,6 @@ def _(scores: Tensor, k: int) -> Tensor:
     return scores.new_empty((*scores.shape[:-1], k), dtype=torch.int32)
 
 
-@torch.library.custom_op("moe_jax::product", mutates_args=())
-def product(a: Tensor, b: Tensor, transpose: bool) -> Tensor:
-    """BATCH_MATMUL of [B, G, R, H] with [B, G, H, C], or with [B, G, C, H] transposed inside the product.
-
-    The converter's own form folds to rank 3 and transposes the whole cache in every step.
-    """
-    return a @ (b.mT if transpose else b)
-
-
-@product.register_fake
-def _(a: Tensor, b: Tensor, transpose: bool) -> Tensor:
-    return a.new_empty((*a.shape[:-1], b.shape[-2 if transpose else -1]))
-
-
 @torch.library.custom_op("moe_jax::rows", mutates_args=())
 def rows(table: Tensor, indices: Tensor) -> Tensor:
     """GATHER of rows [S, H] of a constant table at int32 indices [S] that are never negative."""

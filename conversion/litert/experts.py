@@ -52,13 +52,13 @@ class Experts:
     def add_if(self, g: Graph, cond: int, e: int, total: int, x: int, scales: int, out: int | None = None) -> int:
         """Append: total + scales[e] * expert e(x) if `cond` [] holds, else total; x [1, D], scales [E, 1]."""
         leaf, skip = self._branches(1, e)
-        return _if(g, cond, [total, x, scales], leaf, skip, g.like(x) if out is None else out)
+        return g.branch(cond, [total, x, scales], leaf, skip, g.like(x) if out is None else out)
 
     def set_if(self, g: Graph, cond: int, e: int, total: int, x: int) -> int:
         """Append: expert e(x) if `cond` [] holds, else total; x [C, D]."""
         leaf, skip = self._branches(g.shape(x)[0], e)
         ones = [g.const(np.ones((len(self), 1), np.float32))] if g.shape(x)[0] == 1 else []
-        return _if(g, cond, [total, x, *ones], leaf, skip, g.like(x))
+        return g.branch(cond, [total, x, *ones], leaf, skip, g.like(x))
 
     def run(self, g: Graph, e: int, x: int) -> int:
         """Append: expert(x) for an id [] known at run time; x [C, D].
@@ -78,7 +78,7 @@ class Experts:
         y = g.const(np.zeros(row[0], np.float32))
         for i, group in enumerate(groups):
             mine = g.add("EQUAL", [number, g.const(np.int32(i))], ((), BOOL))
-            y = _if(g, mine, [e, y, x], group, skip, row)
+            y = g.branch(mine, [e, y, x], group, skip, row)
         return y
 
     def _group(self, row: Kind, start: int, size: int) -> Graph:
@@ -264,7 +264,7 @@ def _add_rest(g: Graph, experts: Experts, state: Sequence[int], tile: tuple[int,
     left.outputs = [left.add("LESS", [named[0], named[-1]], ((), BOOL))]
     step = {"condSubgraphIndex": left.index, "bodySubgraphIndex": _rest_tile(experts, kinds, rows)}
     rest.outputs = [rest.add("WHILE", carried, *kinds, **step)[1]]
-    return _if(g, cond, state, rest, skip, out if out is not None else g.like(state[0]))
+    return g.branch(cond, state, rest, skip, out if out is not None else g.like(state[0]))
 
 
 def _rest_tile(experts: Experts, kinds: Sequence[Kind], rows: int) -> int:
@@ -314,8 +314,3 @@ def _unpack(g: Graph, tensor: int, axis: int = 0) -> list[int]:
     outs = [((*shape[:axis], *shape[axis + 1 :]), kind)] * shape[axis]
     parts = g.add("UNPACK", [tensor], *outs, num=len(outs), axis=axis)
     return list(parts) if len(outs) > 1 else [parts]
-
-
-def _if(g: Graph, cond: int, inputs: Sequence[int], then: Graph, other: Graph, out: Out) -> int:
-    options = {"thenSubgraphIndex": then.index, "elseSubgraphIndex": other.index}
-    return g.add("IF", [cond, *inputs], out, **options)

@@ -324,6 +324,11 @@ class Graph:
             out = ((*self.shape(ids), self.shape(table)[1]), "float32")
         return self.add("EMBEDDING_LOOKUP", [ids, table], out, version=4)
 
+    def branch(self, cond: int, inputs: Sequence[int], then: "Graph", other: "Graph", out: Out) -> int:
+        """Run one of two subgraphs on `inputs`, which both take: the first if `cond` [] holds."""
+        options = {"thenSubgraphIndex": then.index, "elseSubgraphIndex": other.index}
+        return self.add("IF", [cond, *inputs], out, **options)
+
     def copy(self, op: Any, source: "Graph", known: dict[int, int], label: str) -> None:
         """Append an operator of another file's graph; `known`, its tensors to mine, grows by those it brings along.
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from conversion.litert import kernel_op, markers
+from conversion.litert.attention import Attention
 from conversion.litert.dense import DenseExperts
 from conversion.litert.experts import Experts, expand
 from conversion.litert.flatbuffer import Graph, Kind, Model, Read, Stored
@@ -33,7 +34,7 @@ from moe_jax.errors import UserError
 _FUSED = "+"  # between the names of weights whose rows are one tensor of the file
 _FIRST = "model.layers.0."  # the layer that stands for all
 _NORM = "model.norm.weight"
-_AROUND = ("cos", "sin", "rows", "start")  # what `embed` gives to every layer
+_AROUND = ("cos", "sin", "mask", "start")  # what every layer is given
 _SILENCE = 3.0  # seconds between two words on the progress
 
 
@@ -48,16 +49,16 @@ class _Part(Decoder):
 
 
 class _Embed(_Part):
-    def forward(self, tokens: Tensor, input_pos: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        values = (*self.embed(tokens, input_pos, mask), StaticCache.start_of(input_pos))
-        return dict(zip(("x", *_AROUND), values, strict=True))
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> dict[str, Tensor]:
+        x, cos, sin = self.embed(tokens, input_pos)
+        return {"x": x, "cos": cos, "sin": sin, "start": StaticCache.start_of(input_pos)}
 
 
 class _Layer(_Part):
     def forward(self, x: Tensor, k: Tensor, v: Tensor, **given: Tensor) -> dict[str, Tensor]:
-        cos, sin, rows, start = (given.pop(name) for name in _AROUND)
+        cos, sin, mask, start = (given.pop(name) for name in _AROUND)
         self._given, cache = given, StaticCache([k], [v], start)
-        return {"x": self.layer(0, x, (cos, sin, rows), cache), "k": cache.k[0], "v": cache.v[0]}
+        return {"x": self.layer(0, x, (cos, sin, mask), cache), "k": cache.k[0], "v": cache.v[0]}
 
 
 class _Head(_Part):
@@ -124,12 +125,12 @@ def _lowered(weights: Weights, calls: Mapping[str, int], length: int) -> Model:
     for call, tokens in calls.items():
         kinds = inputs(c, tokens, length)
         embed = _Embed(c, ops, length).eval()
-        start = {name: _zeros(kinds[name]) for name in ("tokens", "input_pos", "mask")}
+        start = {name: _zeros(kinds[name]) for name in ("tokens", "input_pos")}
         converter.signature(f"{call}/embed", embed, sample_kwargs=start)
         given = {"x": torch.zeros(1, tokens, c.d_model), "start": torch.zeros(4, dtype=torch.int32)}
         given |= {name: _zeros(kinds[f"kv_cache_{name}_0"]) for name in "kv"}
         given |= {name: torch.zeros(tokens, 1, c.head_dim) for name in ("cos", "sin")}
-        given |= {"rows": torch.zeros(1, 1, tokens * c.num_heads // c.num_kv_heads, length)} | floats
+        given |= {"mask": _zeros(kinds["mask"])} | floats
         converter.signature(f"{call}/layer", _Layer(c, ops, 1).eval(), sample_kwargs=given)
     head = {"x": torch.zeros(1, 1, c.d_model), _input(_NORM): torch.zeros(c.d_model)}
     converter.signature("decode/head", _Head(c, ops, 1).eval(), sample_kwargs=head)
@@ -171,7 +172,8 @@ class _Stamp:
         """Append the graph of one call."""
         g, c = self.model.graph(call), self.weights.config
         given = {name: g.input(*kind, name) for name, kind in kinds.items()}
-        state = self._put(g, f"{call}/embed", "", {n: i for n, i in given.items() if not n.startswith("kv_")})
+        state = self._put(g, f"{call}/embed", "", given) | {"mask": given["mask"]}
+        self._attention = Attention(g, given["input_pos"], call)
         x, outputs = state.pop("x"), {}
         for layer in range(c.num_layers):
             names = {"x": x} | {part: given[f"kv_cache_{part}_{layer}"] for part in "kv"}
@@ -223,6 +225,8 @@ class _Stamp:
             g.fully_connected(inputs[0], self._weight(g, names), out)
         elif code == markers.EMBEDDING:
             g.embedding_lookup(inputs[0], self._weight(g, names), out)
+        elif code == markers.ATTENTION:
+            self._attention.expand(*inputs, out)
         else:
             (name,), (h, ids, mix) = names, inputs
             experts = self._experts.get(name) or self._experts.setdefault(name, self._bank(name))

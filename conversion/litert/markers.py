@@ -27,6 +27,7 @@ ir: Any = _ir  # made at run time by a native module, so types know nothing of i
 Value = Any
 
 LINEAR, EMBEDDING, EXPERTS = "moe_jax.linear", "moe_jax.embedding", "moe_jax.experts"
+ATTENTION = "moe_jax.attention"
 
 
 class Markers:
@@ -51,6 +52,10 @@ class Markers:
     def experts(self, h: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
         """Marker of a layer's routed experts."""
         return torch.ops.moe_jax.experts(h, ids, weights, name)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, name: str) -> Tensor:
+        """Marker of a layer's look at the cache."""
+        return torch.ops.moe_jax.attention(q, k, v, mask, name)
 
 
 @torch.library.custom_op("moe_jax::linear", mutates_args=())
@@ -83,6 +88,16 @@ def _(h: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
     return torch.empty_like(h)
 
 
+@torch.library.custom_op("moe_jax::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, name: str) -> Tensor:
+    raise NotImplementedError("a marker is exported, never run")
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, name: str) -> Tensor:
+    return torch.empty_like(q)
+
+
 def _custom(lctx: Any, code: str, operands: list[Value], options: dict) -> Value:
     payload = json.dumps(options, sort_keys=True).encode()
     return ir.Operation.create(
@@ -111,6 +126,11 @@ def _lower_experts(lctx: Any, h: Value, ids: Value, weights: Value, name: str) -
     return _custom(lctx, EXPERTS, [h, ids, weights], {"names": [name]})
 
 
+@lowerings.lower(torch.ops.moe_jax.attention)
+def _lower_attention(lctx: Any, q: Value, k: Value, v: Value, mask: Value, name: str) -> Value:
+    return _custom(lctx, ATTENTION, [q, k, v, mask], {"names": [name]})
+
+
 def _tfl(lctx: Any, name: str, operands: list[Value], attributes: dict[str, ir.Attribute]) -> Value:
     results = lowering_utils.node_meta_to_ir_types(lctx.node)
     return ir.Operation.create(f"tfl.{name}", results=results, operands=operands, attributes=attributes).results[0]
@@ -123,12 +143,6 @@ def _lower_top_k(lctx: Any, scores: Value, k: int) -> Value:
     values = ir.RankedTensorType.get(ids.shape, ir.F32Type.get())
     made = ir.Operation.create("tfl.topk_v2", results=[values, ids], operands=[scores, count])
     return made.results[1]
-
-
-@lowerings.lower(torch.ops.moe_jax.product)
-def _lower_product(lctx: Any, a: Value, b: Value, transpose: bool) -> Value:
-    attributes = {"adj_x": ir.BoolAttr.get(False), "adj_y": ir.BoolAttr.get(transpose)}
-    return _tfl(lctx, "batch_matmul", [a, b], attributes)
 
 
 @lowerings.lower(torch.ops.moe_jax.rows)
