@@ -3,7 +3,8 @@
 The shapes of a file are fixed, so products over the cache cost what its whole length costs, however short the text.
 An IF hands its inputs to a branch by reference, so a branch may take a beginning of the whole cache and attend to
 that; positions beyond it would be masked, and add exact zeros. Branches hold no weights: all layers share them.
-T tokens of a call, C cache length, n level, N query heads, G key/value heads, R = N/G*T rows of a group, H head width.
+T tokens of a call, C cache length, n level, N query heads, G key/value heads, R = N/G*T rows of a group, H head
+width.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Attention:
         return enough, self._branch(lengths[:half], kinds), self._branch(lengths[half:], kinds)
 
     def _branch(self, lengths: Sequence[int], kinds: Sequence[Kind]) -> Graph:
-        g = self._g.model.graph(f"{self._name}/attention_{'_'.join(str(n) for n in (lengths[0], *lengths[1:][-1:]))}")
+        ends = dict.fromkeys((lengths[0], lengths[-1]))
+        g = self._g.model.graph(f"{self._name}/attention_{'_'.join(map(str, ends))}")
         used, *inputs = (g.input(*kind) for kind in kinds)
         if len(lengths) == 1:
             g.outputs = [attend(g, *inputs, lengths[0])]

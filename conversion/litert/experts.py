@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from conversion.int4 import Int4
-from conversion.litert.flatbuffer import Graph, Kind, Model, Out, Stored
+from conversion.litert.flatbuffer import Graph, Kind, Model, Stored
 
 F32, I32, BOOL = "float32", "int32", "bool"
 Bank = Int4 | Sequence[Stored]  # one matrix of each expert, at hand or in the file already
