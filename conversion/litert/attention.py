@@ -46,20 +46,21 @@ class Attention:
         last = g.add("REDUCE_MAX", [self._positions, g.const([0])], ((), "int32"))
         return g.add("ADD", [last, g.const(np.int32(1))], ((), "int32"))
 
-    def expand(self, q: int, k: int, v: int, mask: int, out: int | None = None) -> int:
+    def expand(self, inputs: Sequence[int], out: int | None = None) -> int:
         """Append softmax(q k^T + mask) v.
 
-        q [1, G, R, H], k and v [1, G, C, H] with the new positions, mask [1, 1, T, C], float32; `out` is an
-        existing tensor for the result, which has q's shape.
+        `inputs` are q [1, G, R, H], k and v [1, G, C, H] with the new positions, mask [1, 1, T, C], all float32;
+        `out` is an existing tensor for the result, which has q's shape.
         """
-        g, inputs = self._g, [q, k, v, mask]
+        g, (q, _, _, mask) = self._g, inputs
         out = g.tensor(*g.like(q)) if out is None else out
-        lengths = levels(g.shape(k)[2], g.shape(mask)[2])
+        lengths = levels(g.shape(mask)[3], g.shape(mask)[2])
         if len(lengths) == 1:
-            return attend(g, *inputs, lengths[0], out)
+            return attend(g, inputs, lengths[0], out)
         if self._branches is None:
             self._branches = self._fork(g, self._used, lengths, [((), "int32"), *map(g.like, inputs)])
-        return g.branch(self._branches[0], [self._used, *inputs], *self._branches[1:], out)
+        enough, short, long = self._branches
+        return g.branch(enough, [self._used, *inputs], short, long, out)
 
     def _fork(self, g: Graph, used: int, lengths: Sequence[int], kinds: Sequence[Kind]) -> tuple[int, Graph, Graph]:
         """Append whether the first half of `lengths` will do, and make the subgraphs of both halves."""
@@ -72,15 +73,16 @@ class Attention:
         g = self._g.model.graph(f"{self._name}/attention_{'_'.join(map(str, ends))}")
         used, *inputs = (g.input(*kind) for kind in kinds)
         if len(lengths) == 1:
-            g.outputs = [attend(g, *inputs, lengths[0])]
+            g.outputs = [attend(g, inputs, lengths[0])]
         else:
-            enough, *halves = self._fork(g, used, lengths, kinds)
-            g.outputs = [g.branch(enough, [used, *inputs], *halves, kinds[1])]
+            enough, short, long = self._fork(g, used, lengths, kinds)
+            g.outputs = [g.branch(enough, [used, *inputs], short, long, kinds[1])]
         return g
 
 
-def attend(g: Graph, q: int, k: int, v: int, mask: int, n: int, out: int | None = None) -> int:
+def attend(g: Graph, inputs: Sequence[int], n: int, out: int | None = None) -> int:
     """Append `Attention.expand` on the first n positions of the cache."""
+    q, k, v, mask = inputs
     (_, groups, rows, width), (_, _, tokens, length) = g.shape(q), g.shape(mask)
     if n < length:
         beginning = (1, groups, n, width)

@@ -226,7 +226,7 @@ class _Stamp:
         elif code == markers.EMBEDDING:
             g.embedding_lookup(inputs[0], self._weight(g, names), out)
         elif code == markers.ATTENTION:
-            self._attention.expand(*inputs, out)
+            self._attention.expand(inputs, out)
         else:
             (name,), (h, ids, mix) = names, inputs
             experts = self._experts.get(name) or self._experts.setdefault(name, self._bank(name))

@@ -40,9 +40,9 @@ class Both:
             if name == "levels":
                 form = Attention(g, inputs["positions"], name)
                 # Twice, as by layers, which share the branches.
-                g.outputs = [form.expand(form.expand(*around), *around[1:])]
+                g.outputs = [form.expand([form.expand(around), *around[1:]])]
             else:
-                g.outputs = [attend(g, attend(g, *around, LENGTH), *around[1:], LENGTH)]
+                g.outputs = [attend(g, [attend(g, around, LENGTH), *around[1:]], LENGTH)]
             model.signature(name, g, inputs, {"y": g.outputs[0]})
         self.model = model
         model.write(folder / f"attention_{tokens}.tflite")
