@@ -50,12 +50,9 @@ unit gguf realsize: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 unit: $(INSTALLED)  ## pytest alone; ARGS='tests/data -k packing' to choose
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-<<<<<<< HEAD
 chaos: $(INSTALLED)  ## kill, damage and fill up a run until 36 faults are survived (at most 20 minutes)
 	JAX_PLATFORMS=cpu $(PY) -m tests.chaos --json runs/chaos/report.json $(ARGS)
 
-bench: export JAX_PLATFORMS := cpu
-=======
 gguf: $(INSTALLED)  ## exported files in llama.cpp itself, which is built from source first (many minutes)
 	$(PY) -m pip install -qq --no-compile -r requirements/gguf.txt
 	$(PY) -m pytest tests/conversion/gguf $(ARGS)
@@ -63,7 +60,7 @@ gguf: $(INSTALLED)  ## exported files in llama.cpp itself, which is built from s
 realsize: $(INSTALLED)  ## import and export at the true shapes of size S (8 minutes, 20 GB of disk)
 	$(PY) -m pytest tests/conversion/real_size $(ARGS)
 
->>>>>>> f8119e2 (Targets for llama.cpp and for the true shapes, the kernel's sources in the package, sizes of the house as they are)
+bench: export JAX_PLATFORMS := cpu
 bench: $(INSTALLED)  ## the measured ratios of tests/benchmarks
 	@set -e; for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(PY) -m $$(echo $${file%.py} | tr / .); done
 
