@@ -81,9 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--prefill",
         type=lengths,
-        default=(16, 128),
+        default=(),
         metavar="N,N",
-        help="tokens that one call can take in (default 16,128); a prompt is cut into these",
+        help="tokens that one call can take in, into which prompts are cut (default: what of 16, 128 and 512 is "
+        "within a quarter of the context)",
     )
     sub.add_argument(
         "--experts",

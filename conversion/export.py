@@ -20,14 +20,13 @@ from typing import Any
 import numpy as np
 
 from conversion import weights as _weights
-from conversion.litert import FORMS
+from conversion.litert import FORMS, PREFILL
 from conversion.weights import Weights
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.data import corpus
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 
-PREFILL = (16, 128)
 _MERGES = 32_768  # entries that the embedded corpus gives to the tokenizer of random weights
 Say = Callable[[str], object]
 
@@ -106,20 +105,21 @@ def write(
     output: Path,
     context: int,
     *,
-    prefill: Sequence[int] = PREFILL,
+    prefill: Sequence[int] = (),
     experts: str = "sparse",
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """Write the weights that `source` makes, with what else it leaves in the folder that it is given.
 
-    `prefill` are the lengths of the prefill signatures (those beyond the context are left out), `experts` is one of
-    FORMS; dense ones only serve to compare speed.
+    `prefill` are the lengths of the prefill signatures (those beyond the context are left out; by default what of
+    PREFILL is at most a quarter of it), `experts` is one of FORMS; dense ones only serve to compare speed.
     """
     if output.suffix != ".litertlm":
         raise UserError(f"the output is {output.name!r}; end its name in .litertlm, for LiteRT-LM")
     if experts not in FORMS:
         raise UserError(f"experts is {experts!r}; choose one of {', '.join(FORMS)}")
-    lengths = sorted({n for n in prefill if n <= context}) or [context]
+    fitting = [n for n in prefill if n <= context] or [n for n in PREFILL if 4 * n <= context]
+    lengths = sorted(set(fitting)) or [min(*PREFILL, context)]
 
     from conversion import readback  # slow to import, as what lowers is, and not needed to refuse
     from conversion.litert import bundle, lower

@@ -94,7 +94,7 @@ def export_tflite(
     weights: Weights,
     path: str | Path,
     context: int,
-    prefill: Sequence[int] = (16, 128),
+    prefill: Sequence[int],
     *,
     experts: str = "sparse",
     say: Callable[[str], object] = lambda _: None,
