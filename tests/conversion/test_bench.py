@@ -107,13 +107,13 @@ def test_a_model_that_writes_nothing_is_named(exported, source):
 
 
 @KINDS
-def test_bundles_of_different_tokenizers_are_not_compared(exported, tmp_path):
+def test_bundles_of_different_tokenizers_are_not_compared(exported, source, tmp_path):
     from conversion.litert import bundle
 
-    Tokenizer.train(["other words"], 262).save(tmp_path / "tokenizer.json")
+    Tokenizer.train([Path(source).read_text()], 280).save(tmp_path / "tokenizer.json")
     bundle.write_bundle(exported.tflite, tmp_path / "tokenizer.json", tmp_path / "m.litertlm", CONTEXT)
     with pytest.raises(UserError, match="cut text differently"):
-        bench.bench(exported.bundle, tmp_path / "m.litertlm", **SMALL)
+        bench.bench(exported.bundle, tmp_path / "m.litertlm", text=source, **SMALL)
 
 
 def test_own_memory_is_told_from_pages_of_files():

@@ -53,8 +53,11 @@ def program(tokens, vocab, chunk, block, kernels=False):
 def assert_equals_the_definition(run, operands, tolerance=2e-5):
     alone, (total, grad_hidden, grad_head) = run(*operands)
     want, want_grads = REFERENCE(*operands)
-    np.testing.assert_allclose(alone, want, rtol=1e-5)
-    np.testing.assert_allclose(total, want, rtol=1e-5)
+    hidden, head, _, weight = operands
+    # A small loss is the difference of two logits, and no more exact than they are.
+    rounding = 2 * float(jnp.finfo(jnp.float32).eps * jnp.abs(hidden @ head.T).max() * weight.sum())
+    np.testing.assert_allclose(alone, want, rtol=1e-5, atol=rounding)
+    np.testing.assert_allclose(total, want, rtol=1e-5, atol=rounding)
     for got, expected in zip((grad_hidden, grad_head), want_grads, strict=True):
         scale = float(jnp.abs(expected).max())
         np.testing.assert_allclose(got, expected, atol=tolerance * scale + 1e-7)
