@@ -57,7 +57,7 @@ gguf: $(INSTALLED)  ## exported files in llama.cpp itself, which is built from s
 	$(PY) -m pip install -qq --no-compile -r requirements/gguf.txt
 	$(PY) -m pytest tests/conversion/gguf $(ARGS)
 
-realsize: $(INSTALLED)  ## import and export at the true shapes of size S (8 minutes, 20 GB of disk)
+realsize: $(INSTALLED)  ## import and export at the true shapes of size S (long; 20 GB of disk)
 	$(PY) -m pytest tests/conversion/real_size $(ARGS)
 
 bench: export JAX_PLATFORMS := cpu

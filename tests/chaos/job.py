@@ -45,7 +45,7 @@ _ENVIRONMENT = {
 def write_job(root: Path, steps: int, seed: int) -> Path:
     """Write corpus, tokenizer and config of a run of `steps` below `root`; the config's path.
 
-    The text is one of few words, of less than one epoch, but for one file of noise, at which the loss spikes.
+    The text is of few words and shorter than what the run reads; at one file of noise the loss spikes.
     """
     rng, texts = random.Random(seed), root / "texts"
     texts.mkdir(parents=True)
