@@ -27,6 +27,7 @@ from ai_edge_litert.options import Options
 
 from conversion.bench_runtime import quiet
 from conversion.int4 import Int4
+from conversion.litert import bank as banks
 from conversion.litert import kernel_op
 from conversion.litert.dense import DenseExperts
 from conversion.litert.experts import Experts, expand, feed_forward, tiling
@@ -92,7 +93,7 @@ def layer(bank: Bank, tokens: int, choices: int, form: str) -> Model:
         y = expand(g, Experts(model, *bank, "silu"), x, ids, weights)
     elif form == "kernel":
         experts, double, width = bank[0].codes.shape
-        packed = model.buffer(kernel_op.pack(*bank))
+        packed = model.buffer(banks.pack_experts(*bank))
         y = kernel_op.KernelExperts(packed, (experts, width, double // 2), "silu").expand(g, x, ids, weights)
     else:
         y = g.tensor(g.shape(x), "float32")

@@ -21,7 +21,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from conversion.bench_process import Texts
 from conversion.bench_runtime import Event, Runtime
-from conversion.kernel import NAME as KERNEL
+from conversion.kernel import EXPERTS, LINEAR, NAMES, ROUTE
 from conversion.readback import sections
 from moe_jax.errors import UserError
 from moe_jax.files import write_bytes
@@ -135,7 +135,7 @@ class _Spots:
 
     def __init__(self, tflite: memoryview) -> None:
         model: Any = schema.Model.GetRootAs(tflite, 0)
-        codes = [model.OperatorCodes(i).BuiltinCode() for i in range(model.OperatorCodesLength())]
+        codes = [model.OperatorCodes(i) for i in range(model.OperatorCodesLength())]
         graphs = [model.Subgraphs(i) for i in range(model.SubgraphsLength())]
         self._inside = {i: spot for i, g in enumerate(graphs) if (spot := _spot((g.Name() or b"").decode()))}
         self._products: dict[int, list[Spot]] = {}
@@ -154,7 +154,10 @@ class _Spots:
                 if event.graph != main and event.name not in ("IF", "WHILE"):
                     walked.append((self._inside.get(event.graph, spot), event))
             elif event.kind == _NODE:
-                spot = _builtin(spot, event.name)
+                known = event.name in NAMES
+                spot = next(products, spot) if known else _builtin(spot, event.name)
+                if known:
+                    walked[open_from:] = [(spot, e) for _, e in walked[open_from:]]
                 walked.append((spot, event))
                 open_from = len(walked)
             elif event.kind in _DELEGATED and event.graph != main:
@@ -169,12 +172,19 @@ class _Spots:
         return walked
 
 
-def _products(graph: Any, codes: Sequence[int]) -> list[Spot]:
-    """Place of each INT4 product of a graph, in order; each needs the one before it."""
-    spots = []
+def _products(graph: Any, codes: Sequence[Any]) -> list[Spot]:
+    """Place of each INT4 product and each op of the kernel, in order; each needs the one before it."""
+    spots: list[Spot] = []
     for i in range(graph.OperatorsLength()):
         op = graph.Operators(i)
-        if codes[op.OpcodeIndex()] == schema.BuiltinOperator.FULLY_CONNECTED:
+        code = codes[op.OpcodeIndex()]
+        name = (code.CustomCode() or b"").decode()
+        if name in (EXPERTS, LINEAR, ROUTE):
+            weight = graph.Tensors(op.Inputs(3 if name == EXPERTS else 1))
+            spots.append(_spot(weight.Name().decode()) or (-1, "head"))
+        elif name in NAMES:  # rotation and attention follow the layer's first product, the lookup follows nothing
+            spots.append(spots[-1] if spots else (-1, "embedding"))
+        elif code.BuiltinCode() == schema.BuiltinOperator.FULLY_CONNECTED:
             weight = graph.Tensors(op.Inputs(1))
             if weight.Type() == schema.TensorType.INT4:
                 spots.append(_spot(weight.Name().decode()) or (-1, "head"))
@@ -191,8 +201,6 @@ def _spot(name: str) -> Spot | None:
 def _builtin(before: Spot, name: str) -> Spot:
     """Ops that no delegate takes: writes to the cache belong to attention, the rest of a layer to routing."""
     layer, part = before
-    if name == KERNEL:
-        return layer, "experts"
     if part == "embedding" or name == "DYNAMIC_UPDATE_SLICE":
         return before
     return layer, "router"

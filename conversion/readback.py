@@ -22,7 +22,7 @@ from ai_edge_litert import schema_py_generated as tflite
 from litert_lm_builder import litertlm_header_schema_py_generated as header
 from litert_lm_builder.runtime.proto import llm_metadata_pb2 as _pb2
 
-from conversion.kernel import NAME
+from conversion.kernel import EMBEDDING, EXPERTS, LINEAR
 from conversion.litert import container
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
@@ -162,45 +162,66 @@ def _tensors(raw: memoryview) -> Iterator[_Weight]:
 
 
 def _banks(raw: memoryview) -> Iterator[_Weight]:
-    """Each matrix of the experts in banks of the kernel's op, whose layout is told in kernel_op.py."""
+    """Each matrix that the kernel's ops read, whose layout is told in bank.py."""
     model: Any = tflite.Model.GetRootAs(raw, 0)
     seen = set()
     for i in range(model.SubgraphsLength()):
         graph = model.Subgraphs(i)
         for j in range(graph.OperatorsLength()):
             op = graph.Operators(j)
-            if model.OperatorCodes(op.OpcodeIndex()).CustomCode() != NAME.encode():
+            kind = (model.OperatorCodes(op.OpcodeIndex()).CustomCode() or b"").decode()
+            if kind not in (EXPERTS, LINEAR, EMBEDDING):
                 continue
-            tensor, options = graph.Tensors(op.Inputs(3)), bytes(op.CustomOptionsAsNumpy())
-            if (key := (name := tensor.Name().decode(), tensor.Buffer(), options)) in seen:
+            tensor = graph.Tensors(op.Inputs(3 if kind == EXPERTS else 1))
+            options, name = bytes(op.CustomOptionsAsNumpy()), tensor.Name().decode()
+            key = name, tensor.Buffer(), options if kind == EXPERTS else b""
+            if key in seen:
                 continue
             seen.add(key)
+            content = _content(raw, model, tensor)
             try:
-                count, _, width, hidden, _ = struct.unpack("<5I", options)
-                expert = [("gate_up", *_matrix(2 * hidden, width)), ("down", *_matrix(width, hidden))]
-                bank = _content(raw, model, tensor).view(expert).reshape(count)
+                read = _of_experts if kind == EXPERTS else _of_matrix
+                yield from read(name, content, options)
             except (struct.error, ValueError) as error:
                 raise UserError(
-                    f"{name} does not hold the experts that its op describes ({error}); export the bundle again"
+                    f"{name} does not hold the weights that its op describes ({error}); export the bundle again"
                 ) from None
-            for e, matrices in enumerate(bank):
-                for part in ("gate_up", "down"):
-                    yield _unpacked(f"{name}.{part}_proj", e, matrices[part])
 
 
-def _matrix(rows: int, inputs: int) -> tuple[list, int]:
-    """How a group lies in a bank, and how many a matrix has."""
+def _of_matrix(name: str, content: np.ndarray, options: bytes) -> Iterator[_Weight]:
+    groups = content.view(_group(struct.unpack("<2I", options)[1]))
+    if len(groups) * _ROWS != struct.unpack("<2I", options)[0]:
+        raise ValueError(f"{len(groups)} groups of {_ROWS} rows")
+    yield _unpacked(name.split("+"), None, groups)
+
+
+def _of_experts(name: str, content: np.ndarray, options: bytes) -> Iterator[_Weight]:
+    """A name of several weights is that of a dense feed-forward: gate, up and down of the one expert."""
+    count, _, width, hidden, _ = struct.unpack("<5I", options)
+    groups = 2 * hidden // _ROWS, width // _ROWS
+    expert = [("gate_up", _group(width), groups[0]), ("down", _group(hidden), groups[1])]
+    for e, matrices in enumerate(content.view(expert).reshape(count)):
+        *gate_up, down = name.split("+")
+        if gate_up:
+            yield _unpacked(gate_up, None, matrices["gate_up"])
+            yield _unpacked([down], None, matrices["down"])
+        else:
+            for part in ("gate_up", "down"):
+                yield _unpacked([f"{name}.{part}_proj"], e, matrices[part])
+
+
+def _group(inputs: int) -> list:
+    """How 16 rows lie in a bank."""
     blocks = inputs // _BLOCK
-    group = [("sums", "<f4", _ROWS), ("scales", "<u2", (blocks, _ROWS)), ("codes", "u1", (blocks, 4, _ROWS, 4))]
-    return group, rows // _ROWS
+    return [("sums", "<f4", _ROWS), ("scales", "<u2", (blocks, _ROWS)), ("codes", "u1", (blocks, 4, _ROWS, 4))]
 
 
-def _unpacked(name: str, expert: int, groups: np.ndarray) -> _Weight:
+def _unpacked(names: list[str], expert: int | None, groups: np.ndarray) -> _Weight:
     packed, blocks = groups["codes"], groups["codes"].shape[1]
     codes = _signed(np.stack([packed & 15, packed >> 4], axis=-1))  # group, block, run, row, place, nibble
     codes = codes.transpose(0, 3, 1, 2, 5, 4).reshape(-1, blocks * _BLOCK)
     scales = (groups["scales"].astype(np.uint32) << 16).view(np.float32).swapaxes(1, 2).reshape(-1, blocks)
-    return _Weight([name], expert, codes, scales, groups["sums"].reshape(-1))
+    return _Weight(names, expert, codes, scales, groups["sums"].reshape(-1))
 
 
 def _sums(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -138,7 +138,7 @@ def config_of(bundle: str | Path) -> ModelConfig:
     """The shapes of a bundle's model, as far as its decode graph shows them."""
     from ai_edge_litert import schema_py_generated as schema
 
-    from conversion.kernel import NAME as KERNEL
+    from conversion.kernel import EMBEDDING, EXPERTS, LINEAR
     from conversion.readback import sections
 
     parts = sections(bundle)
@@ -155,8 +155,15 @@ def config_of(bundle: str | Path) -> ModelConfig:
         code = codes[op.OpcodeIndex()]
         if code.BuiltinCode() == schema.BuiltinOperator.TOPK_V2:
             choices = int(graph.Tensors(op.Outputs(0)).ShapeAsNumpy()[-1])
-        if (code.CustomCode() or b"").decode() == KERNEL:
-            experts, choices, _, width, _ = struct.unpack("<5I", op.CustomOptionsAsNumpy().tobytes())
+        if (kernel := (code.CustomCode() or b"").decode()) in (LINEAR, EMBEDDING):
+            name = graph.Tensors(op.Inputs(1)).Name().decode()
+            shapes[name] = struct.unpack("<2I", op.CustomOptionsAsNumpy().tobytes())
+        elif kernel == EXPERTS:
+            count, chosen, outputs, inputs, _ = struct.unpack("<5I", op.CustomOptionsAsNumpy().tobytes())
+            if count > 1:
+                experts, choices, width = count, chosen, inputs
+            else:
+                shapes[graph.Tensors(op.Inputs(3)).Name().decode()] = outputs, inputs
     for i in range(model.SubgraphsLength()):
         name = (model.Subgraphs(i).Name() or b"").decode()
         if "layers.0." in name and name.endswith("_x1") and "/" in name:

@@ -34,8 +34,22 @@ class Ops(Protocol):
         """x [..., in] times the weights [out, in], one below the other: [..., sum of out]."""
         ...
 
-    def router(self, h: Tensor, name: str) -> Tensor:
-        """h [T, D] times the float32 weight [E, D], activations left alone: [T, E]."""
+    def feed_forward(self, x: Tensor, gate_up: tuple[str, str], down: str) -> Tensor:
+        """x [..., D] through a gated feed-forward with these weights, [F, D] twice and [D, F]: x's shape."""
+        ...
+
+    def route(self, h: Tensor, moe: MoEConfig, name: str, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen experts int32 [T, K] and their weights [T, K] for h [T, D]; `name` is the router's weight [E, D].
+
+        The bias [E] only helps choose.
+        """
+        ...
+
+    def rotary(self, x: Tensor, turn: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
+        """x [B, S, heads, H], first divided by its root mean square if `epsilon` is not 0, turned by position.
+
+        cos and sin [S, 1, H] have each value twice, `turn` [H, H] takes adjacent pairs (a, b) to (-b, a).
+        """
         ...
 
     def embedding(self, tokens: Tensor, name: str) -> Tensor:
@@ -88,7 +102,32 @@ class StaticCache:
         return self.k[layer], self.v[layer]
 
 
-class Reference:
+class Composed:
+    """The primitives that are made of ordinary tensor functions and a few others."""
+
+    def route(self, h: Tensor, moe: MoEConfig, name: str, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Ops.route`."""
+        logits = self.router(h, name)
+        scores = torch.sigmoid(logits) if moe.score_func == "sigmoid" else logits.softmax(dim=-1)
+        ids = torch_ops.top_k(scores + bias if moe.use_expert_bias else scores, moe.num_experts_per_tok)
+        # One-hot instead of gather: exact (one term is not zero) and made of ops that delegates take.
+        chosen = (ids[:, :, None] == torch.arange(moe.num_experts, dtype=torch.int32)).float()
+        weights = (chosen * scores[:, None, :]).sum(dim=-1)
+        if moe.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return ids, weights * moe.routed_scaling_factor
+
+    def rotary(self, x: Tensor, turn: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
+        """See `Ops.rotary`."""
+        x = x * inverse_rms(x, epsilon) if epsilon else x
+        return x * cos + (x @ turn) * sin
+
+    def router(self, h: Tensor, name: str) -> Tensor:
+        """h [T, D] times the float32 weight [E, D], activations left alone: [T, E]."""
+        raise NotImplementedError
+
+
+class Reference(Composed):
     """Exact arithmetic of the deployed model in float32: INT4 weights, INT8 activations per row.
 
     `int8_activations=False` leaves activations alone, which isolates the weights when two programs are compared:
@@ -104,8 +143,12 @@ class Reference:
         """See `Ops.linear`."""
         return self.rounded(x, "+".join(names)) @ self._float(names).T
 
+    def feed_forward(self, x: Tensor, gate_up: tuple[str, str], down: str) -> Tensor:
+        """See `Ops.feed_forward`."""
+        return self.linear(gated(self.linear(x, gate_up), self._weights.config.activation), (down,))
+
     def router(self, h: Tensor, name: str) -> Tensor:
-        """See `Ops.router`."""
+        """See `Composed.router`."""
         return h @ torch.from_numpy(self._weights.float(name)).T
 
     def embedding(self, tokens: Tensor, name: str) -> Tensor:
@@ -144,6 +187,11 @@ class Reference:
         if names not in self._dense:
             self._dense[names] = torch.from_numpy(self._weights.fused(names).dequantize())
         return self._dense[names]
+
+
+def inverse_rms(x: Tensor, epsilon: float) -> Tensor:
+    """One over the root mean square of the last axis, which stays with length 1."""
+    return torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + epsilon)
 
 
 def gated(gate_up: Tensor, activation: str) -> Tensor:
@@ -210,9 +258,7 @@ class Decoder(nn.Module):
         qkv = self.ops.linear(x, tuple(f"{name}.{part}_proj" for part in "qkv"))
         qkv = qkv.reshape(batch, length, n + 2 * g, width)
         qk, v = qkv[:, :, : n + g], qkv[:, :, n + g :]
-        if c.qk_norm:
-            qk = qk * self._inverse_rms(qk)
-        qk = qk * cos + (qk @ self.turn) * sin
+        qk = self.ops.rotary(qk, self.turn, cos, sin, c.norm_eps if c.qk_norm else 0.0)
         q = (qk[:, :, :n] * width**-0.5).transpose(1, 2)
         k, v = cache.update(layer, qk[:, :, n:].transpose(1, 2), v.transpose(1, 2))
         q = q.reshape(batch, g, n // g * length, width)  # query heads of one group become rows of one product
@@ -230,27 +276,15 @@ class Decoder(nn.Module):
         return y
 
     def route(self, name: str, h: Tensor, moe: MoEConfig) -> tuple[Tensor, Tensor]:
-        """Chosen experts int32 [T, K] and their weights [T, K] for h [T, D]; the bias only helps choose."""
-        logits = self.ops.router(h, f"{name}.router.weight")
-        scores = torch.sigmoid(logits) if moe.score_func == "sigmoid" else logits.softmax(dim=-1)
-        biased = scores + self._float(f"{name}.expert_bias") if moe.use_expert_bias else scores
-        ids = torch_ops.top_k(biased, moe.num_experts_per_tok)
-        # One-hot instead of gather: exact (one term is not zero) and made of ops that delegates take.
-        chosen = (ids[:, :, None] == torch.arange(moe.num_experts, dtype=torch.int32)).float()
-        weights = (chosen * scores[:, None, :]).sum(dim=-1)
-        if moe.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return ids, weights * moe.routed_scaling_factor
+        """Chosen experts int32 [T, K] and their weights [T, K] for h [T, D] in the layer's feed-forward `name`."""
+        bias = self._float(f"{name}.expert_bias") if moe.use_expert_bias else torch.zeros(moe.num_experts)
+        return self.ops.route(h, moe, f"{name}.router.weight", bias)
 
     def _swiglu(self, name: str, x: Tensor) -> Tensor:
-        gate_up = self.ops.linear(x, (f"{name}.gate_proj", f"{name}.up_proj"))
-        return self.ops.linear(gated(gate_up, self.config.activation), (f"{name}.down_proj",))
+        return self.ops.feed_forward(x, (f"{name}.gate_proj", f"{name}.up_proj"), f"{name}.down_proj")
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return x * self._inverse_rms(x) * self._float(name)
-
-    def _inverse_rms(self, x: Tensor) -> Tensor:
-        return torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + self.config.norm_eps)
+        return x * inverse_rms(x, self.config.norm_eps) * self._float(name)
 
     def _float(self, name: str) -> Tensor:
         raise NotImplementedError

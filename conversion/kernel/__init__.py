@@ -1,3 +1,7 @@
-"""The optional kernel for a layer's routed experts: C++ in src/, built at first use and handed to each runtime."""
+"""The optional kernel for INT4 products, routed experts and attention: C++ in src/, built at first use."""
 
-NAME = "moe_jax.routed_experts"  # of the op
+# Of its ops.
+EXPERTS, LINEAR = "moe_jax.routed_experts", "moe_jax.linear"
+EMBEDDING, ATTENTION = "moe_jax.embedding", "moe_jax.attention"
+ROTARY, ROUTE = "moe_jax.rotary", "moe_jax.route"
+NAMES = (EXPERTS, LINEAR, EMBEDDING, ATTENTION, ROTARY, ROUTE)

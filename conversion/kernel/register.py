@@ -1,4 +1,4 @@
-"""How each runtime here comes by the kernel; files without its op run as before.
+"""How each runtime here comes by the kernel; files without its ops run as before.
 
 Python's Interpreter takes it as a delegate, CompiledModel finds it as an accelerator in its environment's folder,
 and LiteRT-LM's engine takes it from the variable that its library exports for an accelerator that is linked in. No
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ai_edge_litert import schema_py_generated as schema
 
-from conversion.kernel import NAME
+from conversion.kernel import NAMES
 from conversion.kernel.build import library
 from moe_jax.errors import UserError
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def needed(tflite: Any) -> bool:
-    """Whether a .tflite file, given as its bytes or a memory map, has the kernel's op."""
+    """Whether a .tflite file, given as its bytes or a memory map, has ops of the kernel."""
     model: Any = schema.Model.GetRootAs(tflite, 0)
-    codes = (model.OperatorCodes(i).CustomCode() for i in range(model.OperatorCodesLength()))
-    return NAME.encode() in codes
+    codes = (model.OperatorCodes(i).CustomCode() or b"" for i in range(model.OperatorCodesLength()))
+    return any(code.decode() in NAMES for code in codes)
 
 
 def delegate() -> Any:

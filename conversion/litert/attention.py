@@ -41,7 +41,7 @@ class Attention:
         self._branches: tuple[int, Graph, Graph] | None = None
 
     @cached_property
-    def _used(self) -> int:
+    def used(self) -> int:
         """Positions in use [], the new ones included."""
         g = self._g
         # Not the last one's: a call that is partly filled may leave the others at 0.
@@ -60,9 +60,9 @@ class Attention:
         if len(lengths) == 1:
             return attend(g, inputs, lengths[0], out)
         if self._branches is None:
-            self._branches = self._fork(g, self._used, lengths, [((), "int32"), *map(g.like, inputs)])
+            self._branches = self._fork(g, self.used, lengths, [((), "int32"), *map(g.like, inputs)])
         enough, short, long = self._branches
-        return g.branch(enough, [self._used, *inputs], short, long, out)
+        return g.branch(enough, [self.used, *inputs], short, long, out)
 
     def _fork(self, g: Graph, used: int, lengths: Sequence[int], kinds: Sequence[Kind]) -> tuple[int, Graph, Graph]:
         """Append whether the first half of `lengths` will do, and make the subgraphs of both halves."""

@@ -117,15 +117,20 @@ def _one(model: Model, bank: Bank, e: int) -> Stored:
 def feed_forward(g: Graph, x: int, weights: tuple[Stored, Stored], activation: str) -> int:
     """x [T, D] through one gated feed-forward, weights gate|up [2F, D] and down [D, F]: [T, D]."""
     gate_up, down = weights
-    h = g.fully_connected(x, g.int4(gate_up, "gate_up"))
-    rows, double = g.shape(h)
-    half = ((rows, double // 2), F32)
-    gate, up = g.add("SPLIT", [g.const(np.int32(1)), h], half, half, numSplits=2)
+    h = gated(g, g.fully_connected(x, g.int4(gate_up, "gate_up")), activation)
+    return g.fully_connected(h, g.int4(down, "down"))
+
+
+def gated(g: Graph, gate_up: int, activation: str) -> int:
+    """act(gate) * up of [..., 2F], the first F columns being the gate: [..., F]."""
+    *rows, double = g.shape(gate_up)
+    half = ((*rows, double // 2), F32)
+    gate, up = g.add("SPLIT", [g.const(np.int32(len(rows))), gate_up], half, half, numSplits=2)
     if activation == "silu":
         gate = g.add("MUL", [gate, g.add("LOGISTIC", [gate], half)], half)
     else:
         gate = g.add("GELU", [gate], half, approximate=True)
-    return g.fully_connected(g.add("MUL", [gate, up], half), g.int4(down, "down"))
+    return g.add("MUL", [gate, up], half)
 
 
 def expand(g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None) -> int:

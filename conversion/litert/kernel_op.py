@@ -1,37 +1,30 @@
-"""One op for a layer's routed experts: how its weights lie in the file, and how it is written into a graph.
+"""The kernel's ops as they are written into a graph; no stock runtime knows them.
 
-The op is `conversion/kernel`'s; no stock runtime knows it. All weights of a layer are one uint8 tensor, expert
-after expert, so that what a token does not select is never read, and a kernel reads them where they are mapped.
-
-An expert is gate|up [2F, D] and then down [D, F]. Rows go in groups of 16; a group of a weight with `in` inputs is
-
-    sums    float32 [16]               minus the sum over inputs of scale * code, which the zero point multiplies
-    scales  bfloat16 [in/32, 16]
-    codes   uint8 [in/32, 4, 16, 4]    of 32 inputs: run of 8, row, place i; input i in the low and 4 + i in the
-                                       high nibble, two's complement
+`conversion/kernel` implements them, `bank.py` tells how their weights lie in the file. Options are uint32 numbers.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from conversion.int4 import Int4, pack_nibbles
-from conversion.kernel import NAME
-from conversion.litert.flatbuffer import Graph
+from conversion.kernel import ATTENTION, EMBEDDING, EXPERTS, LINEAR, ROTARY, ROUTE
+from conversion.litert import bank
+from conversion.litert.flatbuffer import Graph, Kind
 
 ACTIVATIONS = ("silu", "gelu_tanh")
-_ROWS, _BLOCK = 16, 32
+LANES = 16  # of which heads are a multiple
 
 
 class KernelExperts:
     """One layer's experts as the kernel reads them."""
 
-    def __init__(self, bank: int, shape: tuple[int, int, int], activation: str, name: str = "experts") -> None:
-        """`bank` is the buffer with what `pack` gives, `shape` is E, D, F."""
-        self._bank, self.shape, self.name = bank, shape, name
+    def __init__(self, buffer: int, shape: tuple[int, int, int], activation: str, name: str = "experts") -> None:
+        """`buffer` holds what `bank.pack_experts` gives, `shape` is E, D, F."""
+        self._buffer, self.shape, self.name = buffer, shape, name
         self.activation = ACTIVATIONS.index(activation)
 
     def expand(self, g: Graph, x: int, ids: int, weights: int, out: int | None = None) -> int:
@@ -40,67 +33,64 @@ class KernelExperts:
         x [T, D] float32, ids [T, K] int32 in [0, E), weights [T, K] float32; `out` is an existing tensor for y.
         """
         experts, *widths = self.shape
-        bank = g.tensor((experts, expert_bytes(*widths)), "uint8", self.name, self._bank)
-        out = g.tensor(*g.like(x)) if out is None else out
-        options = struct.pack("<5I", experts, g.shape(ids)[-1], *widths, self.activation)
-        op = schema.OperatorT(opcodeIndex=g.model.opcode("CUSTOM", 1, NAME))
-        op.inputs, op.outputs = (np.array(v, np.int32) for v in ([x, ids, weights, bank], [out]))
-        op.customOptions = np.frombuffer(options, np.uint8)
-        g.ops.append(op)
-        return out
+        weight = g.tensor((experts, bank.expert_bytes(*widths)), "uint8", self.name, self._buffer)
+        options = experts, g.shape(ids)[-1], *widths, self.activation
+        return _custom(g, EXPERTS, [x, ids, weights, weight], g.like(x) if out is None else out, options)
+
+    def feed_forward(self, g: Graph, x: int, out: int | None = None) -> int:
+        """Append the one expert of a bank of one: x [..., D] to y, alike."""
+        tokens = int(np.prod(g.shape(x)[:-1]))
+        first, whole = g.const(np.zeros((tokens, 1), np.int32)), g.const(np.ones((tokens, 1), np.float32))
+        return self.expand(g, x, first, whole, out)
 
 
-def pack(gate_up: Int4, down: Int4) -> np.ndarray:
-    """The bank of a layer: uint8 [E, bytes of an expert]."""
-    experts, double, width = gate_up.codes.shape
-    if width % _BLOCK or double % (2 * _BLOCK) or down.codes.shape != (experts, width, double // 2):
-        raise ValueError(
-            f"shapes {gate_up.codes.shape} and {down.codes.shape} are no [E, 2F, D] and [E, D, F] of 32s"
-        )
-    return np.concatenate([_pack(gate_up), _pack(down)], axis=1)
+def linear(g: Graph, x: int, weight: int, shape: tuple[int, int], name: str, out: int | None = None) -> int:
+    """Append y [..., out] = x [..., in] times the weight `shape` [out, in] in buffer `weight` (`bank.pack`)."""
+    kind = (*g.shape(x)[:-1], shape[0]), "float32"
+    return _custom(g, LINEAR, [x, _matrix(g, weight, shape, name)], kind if out is None else out, shape)
 
 
-def unpack(bank: np.ndarray, width: int, hidden: int) -> tuple[Int4, Int4]:
-    """gate_up [E, 2F, D] and down [E, D, F] of a bank, bit for bit; scales are one per 32 inputs."""
-    bank = bank.reshape(-1, expert_bytes(width, hidden))
-    cut = 2 * hidden // _ROWS * _group_bytes(width)
-    return _unpack(bank[:, :cut], 2 * hidden, width), _unpack(bank[:, cut:], width, hidden)
+def embedding(g: Graph, ids: int, weight: int, shape: tuple[int, int], name: str, out: int | None = None) -> int:
+    """Append the rows `ids` int32 [T] of a weight as `linear` takes it: float32 [T, in]."""
+    kind = (*g.shape(ids), shape[1]), "float32"
+    return _custom(g, EMBEDDING, [ids, _matrix(g, weight, shape, name)], kind if out is None else out, shape)
 
 
-def expert_bytes(width: int, hidden: int) -> int:
-    """Bytes of one expert in the bank."""
-    return (2 * hidden * _group_bytes(width) + width * _group_bytes(hidden)) // _ROWS
+def attention(g: Graph, inputs: Sequence[int], used: int, out: int | None = None) -> int:
+    """Append softmax(q k^T + mask) v over the first `used` int32 [] positions; `inputs` as Attention.expand's."""
+    return _custom(g, ATTENTION, [*inputs, used], g.like(inputs[0]) if out is None else out, ())
 
 
-def _group_bytes(inputs: int) -> int:
-    return _ROWS * 4 + inputs // _BLOCK * (_ROWS * 2 + _ROWS * _BLOCK // 2)
+def rotary(g: Graph, inputs: Sequence[int], epsilon: float, out: int | None = None) -> int:
+    """Append x [1, T, heads, H] turned by cosines and sines [T, 1, H], normed before if `epsilon` is not 0."""
+    return _custom(g, ROTARY, inputs, g.like(inputs[0]) if out is None else out, (_bits(epsilon),))
 
 
-def _pack(weight: Int4) -> np.ndarray:
-    experts, rows, inputs = weight.codes.shape
-    groups, blocks = rows // _ROWS, inputs // _BLOCK
-    scales = np.repeat(weight.scales.astype(np.float32), weight.group // _BLOCK, axis=-1)
-    # In the order in which XNNPACK adds them up when it packs, so that the sums have its bits.
-    sums = np.zeros((experts, rows), np.float32)
-    for i in range(2 * blocks):
-        part = weight.codes[..., 16 * i : 16 * i + 16].sum(-1, dtype=np.int32).astype(np.float32)
-        sums -= part * scales[..., i // 2]
-    halves = (scales.view(np.uint32) >> 16).astype(np.uint16)
-    halves = halves.reshape(experts, groups, _ROWS, blocks).swapaxes(2, 3)
-    # axes: expert, group, row, block, run, nibble, place
-    codes = weight.codes.reshape(experts, groups, _ROWS, blocks, 4, 2, 4).transpose(0, 1, 3, 4, 2, 6, 5)
-    parts = (sums.reshape(experts, groups, _ROWS), halves, pack_nibbles(codes))
-    flat = [np.ascontiguousarray(p).reshape(experts, groups, -1).view(np.uint8) for p in parts]
-    return np.concatenate(flat, axis=2).reshape(experts, -1)
+def route(g: Graph, inputs: Sequence[int], kinds: Sequence[int], factor: float, outs: Sequence[int]) -> None:
+    """Append the choice of experts, ids and shares `outs` [T, K], for `inputs` h [T, D], router [E, D], bias [E].
+
+    `kinds` tells whether scores are a softmax and whether shares are made to sum to 1 before `factor`.
+    """
+    experts, width = g.shape(inputs[1])
+    _append(g, ROUTE, inputs, outs, (width, experts, g.shape(outs[0])[-1], *kinds, _bits(factor)))
 
 
-def _unpack(bank: np.ndarray, rows: int, inputs: int) -> Int4:
-    experts, groups, blocks = len(bank), rows // _ROWS, inputs // _BLOCK
-    bank = bank.reshape(experts, groups, _group_bytes(inputs))[..., _ROWS * 4 :]
-    halves, pairs = np.split(bank, [blocks * _ROWS * 2], axis=2)
-    halves = np.ascontiguousarray(halves).view(np.uint16).reshape(experts, groups, blocks, _ROWS).swapaxes(2, 3)
-    scales = (halves.astype(np.uint32) << 16).view(np.float32).astype(np.float16)
-    pairs = np.ascontiguousarray(pairs).reshape(experts, groups, blocks, 4, _ROWS, 4)
-    low, high = (pairs << 4).view(np.int8) >> 4, pairs.view(np.int8) >> 4
-    codes = np.stack([low, high], axis=-2).transpose(0, 1, 4, 2, 3, 5, 6)  # group, row, block, run, nibble, place
-    return Int4(codes.reshape(experts, rows, inputs), scales.reshape(experts, rows, blocks))
+def _matrix(g: Graph, buffer: int, shape: tuple[int, int], name: str) -> int:
+    return g.tensor((bank.matrix_bytes(*shape),), "uint8", name, buffer)
+
+
+def _custom(g: Graph, name: str, inputs: Sequence[int], out: int | Kind, options: Sequence[int]) -> int:
+    out = out if isinstance(out, int | np.integer) else g.tensor(*out)
+    _append(g, name, inputs, [int(out)], options)
+    return int(out)
+
+
+def _append(g: Graph, name: str, inputs: Sequence[int], outs: Sequence[int], options: Sequence[int]) -> None:
+    op = schema.OperatorT(opcodeIndex=g.model.opcode("CUSTOM", 1, name))
+    op.inputs, op.outputs = (np.array(v, np.int32) for v in (inputs, outs))
+    op.customOptions = np.frombuffer(struct.pack(f"<{len(options)}I", *options), np.uint8)
+    g.ops.append(op)
+
+
+def _bits(value: float) -> int:
+    return int(np.float32(value).view(np.uint32))

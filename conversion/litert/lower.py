@@ -9,33 +9,26 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import litert_torch
-import numpy as np
 import torch
 from torch import Tensor
 
-from conversion.litert import kernel_op, markers
-from conversion.litert.attention import Attention
-from conversion.litert.dense import DenseExperts
-from conversion.litert.experts import Experts, expand
-from conversion.litert.flatbuffer import Graph, Kind, Model, Read, Stored
+from conversion.litert.content import Content
+from conversion.litert.flatbuffer import Graph, Kind, Model
+from conversion.litert.forms import FORMS, Stock
 from conversion.torch_model import Decoder, StaticCache
 from conversion.weights import Weights
 from moe_jax.config import ModelConfig
 from moe_jax.errors import UserError
 
-_FUSED = "+"  # between the names of weights whose rows are one tensor of the file
 _FIRST = "model.layers.0."  # the layer that stands for all
 _NORM = "model.norm.weight"
 _AROUND = ("cos", "sin", "mask", "start")  # what every layer is given
-_SILENCE = 3.0  # seconds between two words on the progress
 
 
 class _Part(Decoder):
@@ -101,8 +94,8 @@ def export_tflite(
 ) -> None:
     """Write the model with signatures `decode` and `prefill_<n>` for a context of `context` tokens.
 
-    `experts` is one of `conversion.litert.FORMS`: sparse runs the chosen ones with stock ops, kernel with the op of
-    `conversion.kernel`; dense computes all on all tokens, which only serves to measure what sparsity is worth.
+    `experts` is one of `conversion.litert.FORMS`: sparse runs the chosen ones with stock ops, kernel with those
+    of `conversion.kernel`; dense computes all on all tokens, which only serves to measure what sparsity is worth.
     """
     limit = weights.config.max_position_embeddings
     if not 0 < context <= limit:
@@ -111,16 +104,17 @@ def export_tflite(
         raise UserError(f"prefill lengths {tuple(prefill)} must lie between 1 and context {context}")
     length = cache_length(context, prefill)
     calls = {f"prefill_{n}": n for n in sorted(set(prefill))} | {"decode": 1}
-    stamp = _Stamp(weights, _lowered(weights, calls, length), experts, say)
+    form = FORMS[experts]
+    stamp = _Stamp(weights, _lowered(weights, calls, length, form), form, say)
     for name, tokens in calls.items():
         stamp.signature(name, inputs(weights.config, tokens, length))
     stamp.model.write(path)
 
 
-def _lowered(weights: Weights, calls: Mapping[str, int], length: int) -> Model:
+def _lowered(weights: Weights, calls: Mapping[str, int], length: int, form: type[Stock]) -> Model:
     """A file with signatures `<call>/embed`, `<call>/layer` and, for decode, `decode/head`."""
     litert_torch.config.show_progress = False
-    c, ops, converter = weights.config, markers.Markers(weights.config), litert_torch.Converter()
+    c, ops, converter = weights.config, form.markers(weights.config), litert_torch.Converter()
     floats = {_input(n): torch.from_numpy(weights.float(n)) for n in _floats(weights, 0)}
     for call, tokens in calls.items():
         kinds = inputs(c, tokens, length)
@@ -153,27 +147,20 @@ def _floats(weights: Weights, layer: int) -> list[str]:
     return [name for name in names if not name.endswith("router.weight")]
 
 
-_Experts = Experts | DenseExperts | kernel_op.KernelExperts
-
-
 class _Stamp:
     """Puts parts together to the graphs of signatures; a weight is stored once however many graphs use it."""
 
-    def __init__(self, weights: Weights, parts: Model, form: str, say: Callable[[str], object]):
-        self.model, self.weights, self._say = Model(), weights, say
-        self._form = form
-        self._int4 = set(weights.int4_names())
-        self._stored: dict[tuple[str, ...], Stored] = {}
-        self._experts: dict[str, _Experts] = {}
+    def __init__(self, weights: Weights, parts: Model, form: type[Stock], say: Callable[[str], object]):
+        self.model, self.weights = Model(), weights
+        self._form = form(Content(weights, self.model, say))
         self._parts = {_text(s.signatureKey): (parts.graphs[s.subgraphIndex], s) for s in parts.t.signatureDefs}
-        self._bytes, self._done, self._begun, self._said = 0, 0, 0.0, 0.0
 
     def signature(self, call: str, kinds: Mapping[str, Kind]) -> None:
         """Append the graph of one call."""
         g, c = self.model.graph(call), self.weights.config
         given = {name: g.input(*kind, name) for name, kind in kinds.items()}
         state = self._put(g, f"{call}/embed", "", given) | {"mask": given["mask"]}
-        self._attention = Attention(g, given["input_pos"], call)
+        self._form.begin(g, given["input_pos"], call)
         x, outputs = state.pop("x"), {}
         for layer in range(c.num_layers):
             names = {"x": x} | {part: given[f"kv_cache_{part}_{layer}"] for part in "kv"}
@@ -213,73 +200,13 @@ class _Stamp:
             if code is None:
                 g.copy(op, part, known, label)
                 continue
-            names = tuple(_at(n, layer) for n in json.loads(bytes(op.customOptions))["names"])
-            out = int(op.outputs[0])
-            known[out] = g.tensor(*part.like(out), name=f"{label}/{names[0].removeprefix(_at(_FIRST, layer))}")
-            self._expand(g, code, names, [known[int(i)] for i in op.inputs], known[out])
+            options = json.loads(bytes(op.customOptions))
+            options["names"] = names = tuple(_at(name, layer) for name in options["names"])
+            own = "/".join((label, *(name.removeprefix(_at(_FIRST, layer)) for name in names[:1])))
+            outs = [int(i) for i in op.outputs]
+            known |= {out: g.tensor(*part.like(out), name=own) for out in outs}
+            self._form.expand(g, code, options, [known[int(i)] for i in op.inputs], [known[out] for out in outs])
         return {n: known[i] for n, i in outputs.items()}
-
-    def _expand(self, g: Graph, code: str, names: tuple[str, ...], inputs: list[int], out: int) -> None:
-        """Put the ops of a marker in its place."""
-        if code == markers.LINEAR:
-            g.fully_connected(inputs[0], self._weight(g, names), out)
-        elif code == markers.EMBEDDING:
-            g.embedding_lookup(inputs[0], self._weight(g, names), out)
-        elif code == markers.ATTENTION:
-            self._attention.expand(inputs, out)
-        else:
-            (name,), (h, ids, mix) = names, inputs
-            experts = self._experts.get(name) or self._experts.setdefault(name, self._bank(name))
-            if isinstance(experts, Experts):
-                expand(g, experts, h, ids, mix, out)
-            else:
-                experts.expand(g, h, ids, mix, out)
-
-    def _bank(self, name: str) -> _Experts:
-        gate_up, down, activation = f"{name}.gate_up_proj", f"{name}.down_proj", self.weights.config.activation
-        if self._form == "dense":
-            return DenseExperts(self.model, self.weights.int4(gate_up), self.weights.int4(down), activation, name)
-        int4, (count, width, inner) = self.weights.int4, self.weights.shape(down)
-        if self._form == "kernel":
-            size = count * kernel_op.expert_bytes(width, inner)
-            self._bytes += size
-            buffer = self.model.later(size, lambda: self._counted(kernel_op.pack(int4(gate_up), int4(down))))
-            return kernel_op.KernelExperts(buffer, (count, width, inner), activation, name)
-        # An expert's two matrices one after the other, so that they lie side by side in the file.
-        pairs = [(self._store((gate_up,), e), self._store((down,), e)) for e in range(count)]
-        first, second = (list(bank) for bank in zip(*pairs, strict=True))
-        return Experts(self.model, first, second, activation, name)
-
-    def _weight(self, g: Graph, names: tuple[str, ...]) -> int:
-        label = _FUSED.join(names)
-        if names[0] not in self._int4:
-            return g.const(self.weights.float(names[0]), label)
-        if names not in self._stored:
-            self._stored[names] = self._store(names)
-        return g.int4(self._stored[names], label)
-
-    def _store(self, names: tuple[str, ...], expert: int | None = None) -> Stored:
-        """Rows of all `names`, or the matrix of one expert: read when the file is written."""
-        shapes = [self.weights.shape(name)[-2:] for name in names]
-
-        def read(get: Callable[[str], np.ndarray]) -> np.ndarray:
-            parts = [get(name) if expert is None else get(name)[expert] for name in names]
-            return self._counted(parts[0] if len(parts) == 1 else np.concatenate(parts))
-
-        shape = sum(rows for rows, _ in shapes), shapes[0][1]
-        self._bytes += int(shape[0] * shape[1] * (0.5 + 2 / self.weights.group))
-        reads: list[Read] = [partial(read, get) for get in (self.weights.packed, self.weights.scales)]
-        return self.model.store_later(shape, self.weights.group, *reads)
-
-    def _counted(self, content: np.ndarray) -> np.ndarray:
-        now = time.monotonic()
-        self._begun, self._said = self._begun or now, self._said or now
-        if self._done and now - self._said > _SILENCE:
-            left = (now - self._begun) * (self._bytes / self._done - 1)
-            self._say(f"weights written: {100 * self._done // self._bytes} %, {left:.0f} s left")
-            self._said = now
-        self._done += content.nbytes
-        return content
 
 
 def _at(name: str, layer: int) -> str:

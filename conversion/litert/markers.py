@@ -18,7 +18,8 @@ from litert_torch.backend.lowerings import utils as lowering_utils
 from torch import Tensor
 
 from conversion import keymap, torch_ops  # noqa: F401  (its operators are lowered here)
-from moe_jax.config import ModelConfig
+from conversion.torch_model import Composed
+from moe_jax.config import ModelConfig, MoEConfig
 
 # Importing litert_torch switches 64-bit JAX on for the whole process, training and verifying included.
 jax.config.update("jax_enable_x64", False)
@@ -27,10 +28,11 @@ ir: Any = _ir  # made at run time by a native module, so types know nothing of i
 Value = Any
 
 LINEAR, EMBEDDING, EXPERTS = "moe_jax.linear", "moe_jax.embedding", "moe_jax.experts"
-ATTENTION = "moe_jax.attention"
+ATTENTION, FEED_FORWARD = "moe_jax.attention", "moe_jax.feed_forward"
+ROUTE, ROTARY = "moe_jax.route", "moe_jax.rotary"
 
 
-class Markers:
+class Markers(Composed):
     """The `Ops` of conversion.torch_model that only leave markers; see there for shapes."""
 
     def __init__(self, config: ModelConfig):
@@ -40,6 +42,10 @@ class Markers:
         """Marker of one product with the rows of all `names`."""
         out = sum(self._shapes[name][0] for name in names)
         return torch.ops.moe_jax.linear(x, "+".join(names), out)
+
+    def feed_forward(self, x: Tensor, gate_up: tuple[str, str], down: str) -> Tensor:
+        """Marker of a dense feed-forward."""
+        return torch.ops.moe_jax.feed_forward(x, "+".join((*gate_up, down)))
 
     def router(self, h: Tensor, name: str) -> Tensor:
         """Marker of a product with a float weight, which has the same spelling."""
@@ -58,6 +64,21 @@ class Markers:
         return torch.ops.moe_jax.attention(q, k, v, mask, name)
 
 
+class KernelMarkers(Markers):
+    """For `conversion.kernel`, which has one op for what takes the stock runtime a dozen small ones."""
+
+    def route(self, h: Tensor, moe: MoEConfig, name: str, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Marker of a token's choice of experts."""
+        kinds = [int(moe.score_func == "softmax"), int(moe.norm_topk_prob)]
+        return torch.ops.moe_jax.route(
+            h, bias, name, moe.num_experts_per_tok, kinds, float(moe.routed_scaling_factor)
+        )
+
+    def rotary(self, x: Tensor, turn: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
+        """Marker of the rotation of queries and keys."""
+        return torch.ops.moe_jax.rotary(x, cos, sin, float(epsilon))
+
+
 @torch.library.custom_op("moe_jax::linear", mutates_args=())
 def _linear(x: Tensor, names: str, out: int) -> Tensor:
     raise NotImplementedError("a marker is exported, never run")
@@ -66,6 +87,16 @@ def _linear(x: Tensor, names: str, out: int) -> Tensor:
 @_linear.register_fake
 def _(x: Tensor, names: str, out: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out))
+
+
+@torch.library.custom_op("moe_jax::feed_forward", mutates_args=())
+def _feed_forward(x: Tensor, names: str) -> Tensor:
+    raise NotImplementedError("a marker is exported, never run")
+
+
+@_feed_forward.register_fake
+def _(x: Tensor, names: str) -> Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("moe_jax::embedding", mutates_args=())
@@ -98,7 +129,34 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, name: str) -> Tensor:
     return torch.empty_like(q)
 
 
+@torch.library.custom_op("moe_jax::route", mutates_args=())
+def _route(
+    h: Tensor, bias: Tensor, name: str, choices: int, kinds: list[int], factor: float
+) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("a marker is exported, never run")
+
+
+@_route.register_fake
+def _(h: Tensor, bias: Tensor, name: str, choices: int, kinds: list[int], factor: float) -> tuple[Tensor, Tensor]:
+    shape = h.shape[0], choices
+    return h.new_empty(shape, dtype=torch.int32), h.new_empty(shape)
+
+
+@torch.library.custom_op("moe_jax::rotary", mutates_args=())
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
+    raise NotImplementedError("a marker is exported, never run")
+
+
+@_rotary.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _custom(lctx: Any, code: str, operands: list[Value], options: dict) -> Value:
+    return _customs(lctx, code, operands, options)[0]
+
+
+def _customs(lctx: Any, code: str, operands: list[Value], options: dict) -> list[Value]:
     payload = json.dumps(options, sort_keys=True).encode()
     return ir.Operation.create(
         "tfl.custom",
@@ -108,12 +166,17 @@ def _custom(lctx: Any, code: str, operands: list[Value], options: dict) -> Value
             "custom_code": ir.StringAttr.get(code),
             "custom_option": ir.Attribute.parse(f'#tfl<const_bytes: "0x{payload.hex()}">'),
         },
-    ).results[0]
+    ).results
 
 
 @lowerings.lower(torch.ops.moe_jax.linear)
 def _lower_linear(lctx: Any, x: Value, names: str, out: int) -> Value:
     return _custom(lctx, LINEAR, [x], {"names": names.split("+")})
+
+
+@lowerings.lower(torch.ops.moe_jax.feed_forward)
+def _lower_feed_forward(lctx: Any, x: Value, names: str) -> Value:
+    return _custom(lctx, FEED_FORWARD, [x], {"names": names.split("+")})
 
 
 @lowerings.lower(torch.ops.moe_jax.embedding)
@@ -129,6 +192,18 @@ def _lower_experts(lctx: Any, h: Value, ids: Value, weights: Value, name: str) -
 @lowerings.lower(torch.ops.moe_jax.attention)
 def _lower_attention(lctx: Any, q: Value, k: Value, v: Value, mask: Value, name: str) -> Value:
     return _custom(lctx, ATTENTION, [q, k, v, mask], {"names": [name]})
+
+
+@lowerings.lower(torch.ops.moe_jax.route)
+def _lower_route(
+    lctx: Any, h: Value, bias: Value, name: str, choices: int, kinds: list[int], factor: float
+) -> list[Value]:
+    return _customs(lctx, ROUTE, [h, bias], {"names": [name], "kinds": list(kinds), "factor": factor})
+
+
+@lowerings.lower(torch.ops.moe_jax.rotary)
+def _lower_rotary(lctx: Any, x: Value, cos: Value, sin: Value, epsilon: float) -> Value:
+    return _custom(lctx, ROTARY, [x, cos, sin], {"names": [], "epsilon": epsilon})
 
 
 def _tfl(lctx: Any, name: str, operands: list[Value], attributes: dict[str, ir.Attribute]) -> Value:

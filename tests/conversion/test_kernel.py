@@ -22,9 +22,11 @@ from hypothesis import strategies as st
 from conversion import readback
 from conversion.int4 import Int4
 from conversion.kernel import build, register
+from conversion.litert.bank import pack_experts as pack
+from conversion.litert.bank import unpack_experts as unpack
 from conversion.litert.experts import feed_forward
 from conversion.litert.flatbuffer import Graph, Model
-from conversion.litert.kernel_op import ACTIVATIONS, KernelExperts, pack, unpack
+from conversion.litert.kernel_op import ACTIVATIONS, KernelExperts
 from moe_jax.errors import UserError
 from tests.conversion import test_experts as stock
 from tests.conversion.test_experts import Bank, int4
@@ -115,7 +117,7 @@ def test_groups_of_64_are_read_back_as_trained(tmp_path):
     for wrong in (struct.pack("<5I", 4, 2, 64, 64, 0), struct.pack("<5I", 3, 2, 1 << 31, 64, 0), b"short"):
         model.graphs[0].ops[0].customOptions = np.frombuffer(wrong, np.uint8)
         model.write(tmp_path / "m.tflite")
-        with pytest.raises(UserError, match="ffn does not hold the experts"):
+        with pytest.raises(UserError, match="ffn does not hold the weights"):
             readback.compare(memoryview((tmp_path / "m.tflite").read_bytes()), expected)
 
 

@@ -53,7 +53,7 @@ bool run_experts(const Isa& isa, const Shape& s, const Call& call, int threads) 
   const int count = static_cast<int>(tiles.size());
 
   // With few tiles, as in decode, threads share the columns of a tile; else each takes whole tiles.
-  const int parts = count >= 4 * threads || threads == 1 ? 1 : std::min(4 * threads / count + 1, hidden / kColumns);
+  const int parts = count >= 4 * threads || threads == 1 ? 1 : std::min(8 * threads / count + 1, hidden / kColumns);
   const bool whole = parts == 1;
 
   thread_local Buffers memory;
@@ -68,14 +68,8 @@ bool run_experts(const Isa& isa, const Shape& s, const Call& call, int threads) 
   const size_t up_group = group_bytes(width), down_group = group_bytes(hidden), all = expert_bytes(s);
   const int up_groups = hidden / kColumns, down_groups = width / kColumns;
   Pool& pool = Pool::instance();
-  const auto in_runs = [&](int n, auto&& each) {  // n tokens in runs of a few
-    constexpr int kRun = 8;
-    pool.run((n + kRun - 1) / kRun, threads, [&](int item, int) {
-      for (int t = item * kRun; t < std::min(n, (item + 1) * kRun); t++) each(t);
-    });
-  };
 
-  in_runs(tokens, [&](int t) {
+  pool.run_in_runs(tokens, threads, [&](int t) {
     const size_t at = static_cast<size_t>(t) * width;
     isa.quantize(call.x + at, width, codes + at, zero + t, inverse + t);
   });
@@ -131,7 +125,7 @@ bool run_experts(const Isa& isa, const Shape& s, const Call& call, int threads) 
     });
   }
 
-  in_runs(tokens, [&](int t) {
+  pool.run_in_runs(tokens, threads, [&](int t) {
     const float* mine[64];
     for (int k = 0; k < choices; k++) mine[k] = terms + static_cast<size_t>(place[t * choices + k]) * width;
     const size_t at = static_cast<size_t>(t);

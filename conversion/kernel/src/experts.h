@@ -7,13 +7,13 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace moe_jax {
+#include "layout.h"
 
-enum Activation : uint32_t { kSilu = 0, kGeluTanh = 1 };
+namespace moe_jax {
 
 struct Shape {
   uint32_t experts, choices, width, hidden;  // E, K, D, F
-  uint32_t activation;
+  uint32_t activation;                       // an `Activation`
 };
 
 struct Call {
@@ -21,17 +21,12 @@ struct Call {
   const float* x;        // [T, D]
   const int32_t* ids;    // [T, K], each in [0, E)
   const float* weights;  // [T, K]
-  const uint8_t* bank;   // [E, expert_bytes]; see conversion/litert/kernel_op.py for the layout
+  const uint8_t* bank;   // [E, expert_bytes]; see conversion/litert/bank.py for the layout
   float* y;              // [T, D]
 };
 
-// Rows of a weight are stored in groups of 16, each with 16 float sums, then bf16 scales, then nibbles.
-constexpr int kColumns = 16, kBlock = 32;
-
-inline size_t group_bytes(size_t inputs) { return 64 + inputs / kBlock * (32 + 256); }
-
 inline size_t expert_bytes(const Shape& s) {
-  return 2 * s.hidden / kColumns * group_bytes(s.width) + s.width / kColumns * group_bytes(s.hidden);
+  return matrix_bytes(2 * s.hidden, s.width) + matrix_bytes(s.width, s.hidden);
 }
 
 struct Isa;

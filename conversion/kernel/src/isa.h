@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "layout.h"
+
 namespace moe_jax {
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -11,6 +13,8 @@ constexpr int kOffset = 128;  // x86 multiplies unsigned by signed bytes
 #else
 constexpr int kOffset = 0;
 #endif
+
+enum Activation : uint32_t { kSilu = 0, kGeluTanh = 1 };
 
 // Rows rounded to INT8: x is about inverse * (codes - zero). Codes are stored plus kOffset, as XNNPACK keeps
 // them; weights are multiplied as 16 times their code, which `zero` and `inverse` make up for.
@@ -21,6 +25,22 @@ struct Rows {
   int count;
 };
 
+struct RouteShape {
+  uint32_t width, experts, choices;  // D, E (at most kMostExperts), K
+  uint32_t softmax, normalise;       // scores by softmax instead of sigmoid; shares that sum to 1 before `factor`
+  float factor;
+};
+constexpr int kMostExperts = 1024;
+
+// A few query rows against a piece of one group's cache: what is left of their softmax is a maximum and a sum.
+struct Piece {
+  const float *q, *k, *v;   // [rows, width], [count, width], [count, width]
+  const float* const* mask;  // of each row: [count], added to its scores
+  int rows, width, count;   // width a multiple of 16, rows at most kMostRows, count at most kMostPositions
+  float *out, *most, *sum;  // [rows, width], [rows], [rows]: sum of v * exp(score - most), and of the exponentials
+};
+constexpr int kMostRows = 4, kMostPositions = 128;
+
 struct Isa {
   const char* name;
   int most_rows;  // of a tile
@@ -30,6 +50,12 @@ struct Isa {
   void (*multiply)(const uint8_t* weights, int groups, int inputs, const Rows& rows, float* out, size_t stride);
   void (*gate)(const float* gate, const float* up, int n, uint32_t activation, float* h);  // act(gate) * up
   void (*combine)(const float* const* terms, const float* weights, int count, int n, float* y);
+  void (*rotate)(const float* x, const float* cosines, const float* sines, int n, float epsilon, float* y);
+  void (*route)(const RouteShape& s, const float* x, const float* weight, const float* bias, int32_t* ids,
+                float* shares);
+  void (*attend)(const Piece& piece);
+  // One row's pieces put together: outs [count, step, n] of which the first of `step` counts, most and sums likewise.
+  void (*merge)(const float* outs, const float* most, const float* sums, int count, int step, int n, float* y);
 };
 
 // The best that this processor has, or the one called `name` (nullptr if it is unknown or not supported).

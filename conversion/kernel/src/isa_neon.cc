@@ -5,9 +5,8 @@
 #include <sys/auxv.h>
 #endif
 
-#include "experts.h"
 #include "isa.h"
-#include "rows.h"
+#include "paths.h"
 
 #if defined(__clang__)
 #define DOTPROD __attribute__((target("dotprod")))
@@ -155,9 +154,8 @@ void matrix_multiply(const uint8_t* weights, int groups, int inputs, const Rows&
 
 }  // namespace
 
-const Isa neon_dotprod = {"neon_dotprod", 4, has_dotprod, quantize, dot_multiply, gate, combine};
-const Isa neon_i8mm = {"neon_i8mm", 6, [] { return has_dotprod() && has_i8mm(); },
-                       quantize,    matrix_multiply, gate, combine};
+const Isa neon_dotprod = {"neon_dotprod", 4, has_dotprod, MOE_JAX_PATH(, dot_multiply)};
+const Isa neon_i8mm = {"neon_i8mm", 6, [] { return has_dotprod() && has_i8mm(); }, MOE_JAX_PATH(, matrix_multiply)};
 
 }  // namespace moe_jax
 #endif

@@ -2,23 +2,13 @@
 #include <cmath>
 #include <cstring>
 
-#include "experts.h"
 #include "isa.h"
-#include "rows.h"
+#include "paths.h"
 
 namespace moe_jax {
 namespace {
 
 MOE_JAX_ROWS(, 4)
-
-float bfloat16(const uint8_t* at) {
-  uint16_t half;
-  std::memcpy(&half, at, 2);
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
 
 void multiply(const uint8_t* weights, int groups, int inputs, const Rows& rows, float* out, size_t stride) {
   const int blocks = inputs / kBlock;
@@ -32,10 +22,8 @@ void multiply(const uint8_t* weights, int groups, int inputs, const Rows& rows, 
         for (int b = 0; b < blocks; b++) {
           int32_t dot = 0;
           for (int i = 0; i < kBlock; i++) {
-            const uint8_t pair = nibbles[256 * b + 64 * (i / 8) + 4 * c + i % 4];
-            const int code = static_cast<int8_t>(i % 8 < 4 ? pair << 4 : pair & 0xF0);
             const uint8_t row = rows.codes[m][kBlock * b + i];
-            dot += (kOffset ? row : static_cast<int8_t>(row)) * code;
+            dot += (kOffset ? row : static_cast<int8_t>(row)) * 16 * nibble(nibbles + 256 * b, c, i);
           }
           sum = std::fma(static_cast<float>(dot), bfloat16(scales + 32 * b + 2 * c), sum);
         }
@@ -47,7 +35,7 @@ void multiply(const uint8_t* weights, int groups, int inputs, const Rows& rows, 
 
 }  // namespace
 
-const Isa portable = {"portable", 16, [] { return true; }, quantize, multiply, gate, combine};
+const Isa portable = {"portable", 16, [] { return true; }, MOE_JAX_PATH(, multiply)};
 
 const Isa* find_isa(const char* name) {
   static const Isa* const all[] = {

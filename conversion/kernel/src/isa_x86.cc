@@ -4,9 +4,8 @@
 
 #include <cstring>
 
-#include "experts.h"
 #include "isa.h"
-#include "rows.h"
+#include "paths.h"
 
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")))
@@ -15,7 +14,7 @@ namespace moe_jax {
 namespace {
 
 // Bytes to fetch ahead: a token's experts come from memory, and the hardware's own prefetcher stops at pages.
-constexpr int kAhead = 12288;
+constexpr int kAhead = 16384;
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -40,12 +39,12 @@ AVX512 void tile(const uint8_t* weights, int groups, int inputs, const Rows& row
     for (int b = 0; b < blocks; b++, nibbles += 256) {
       __m512i codes[8];
       for (int d = 0; d < 4; d++) {
-        _mm_prefetch(nibbles + 64 * d + kAhead, _MM_HINT_T0);
+        _mm_prefetch(nibbles + 64 * d + kAhead, _MM_HINT_T1);
         const __m512i pairs = _mm512_loadu_si512(nibbles + 64 * d);
         codes[2 * d] = _mm512_and_si512(_mm512_slli_epi32(pairs, 4), mask);
         codes[2 * d + 1] = _mm512_and_si512(pairs, mask);
       }
-      _mm_prefetch(scales + 32 * b + kAhead, _MM_HINT_T0);
+      _mm_prefetch(scales + 32 * b + kAhead, _MM_HINT_T1);
       const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + 32 * b));
       const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
       for (int m = 0; m < M; m++) {
@@ -97,12 +96,12 @@ AVX2 void tile(const uint8_t* weights, int groups, int inputs, const Rows& rows,
       for (int b = 0; b < blocks; b++, nibbles += 256) {
         __m256i codes[8];
         for (int d = 0; d < 4; d++) {
-          _mm_prefetch(nibbles + 64 * d + kAhead, _MM_HINT_T0);
+          _mm_prefetch(nibbles + 64 * d + kAhead, _MM_HINT_T1);
           const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles + 64 * d));
           codes[2 * d] = _mm256_shuffle_epi8(signs, _mm256_and_si256(pairs, mask));
           codes[2 * d + 1] = _mm256_shuffle_epi8(signs, _mm256_and_si256(_mm256_srli_epi16(pairs, 4), mask));
         }
-        _mm_prefetch(scales + 32 * b + kAhead, _MM_HINT_T0);
+        _mm_prefetch(scales + 32 * b + kAhead, _MM_HINT_T1);
         const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 32 * b));
         __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
         scale = _mm256_mul_ps(scale, _mm256_set1_ps(16));
@@ -130,9 +129,8 @@ void multiply(const uint8_t* weights, int groups, int inputs, const Rows& rows, 
 }  // namespace narrow
 }  // namespace
 
-const Isa avx512vnni = {"avx512vnni",   14,         wide::supported, wide::quantize,
-                        wide::multiply, wide::gate, wide::combine};
-const Isa avx2 = {"avx2", 4, has_avx2, narrow::quantize, narrow::multiply, narrow::gate, narrow::combine};
+const Isa avx512vnni = {"avx512vnni", 14, wide::supported, MOE_JAX_PATH(wide::, wide::multiply)};
+const Isa avx2 = {"avx2", 4, has_avx2, MOE_JAX_PATH(narrow::, narrow::multiply)};
 
 }  // namespace moe_jax
 #endif

@@ -16,6 +16,8 @@ void pause() {
 // About as long as the rest of a decoder layer takes, so that decode never waits for a thread to wake.
 constexpr std::chrono::microseconds kSpin{300};
 
+int first_of(int slot, int items, int threads) { return static_cast<int>(static_cast<int64_t>(items) * slot / threads); }
+
 }  // namespace
 
 Pool& Pool::instance() {
@@ -42,29 +44,38 @@ void Pool::grow(int threads) {
 
 void Pool::run(int items, int threads, Call call, const void* work) {
   std::unique_lock<std::mutex> alone(busy_, std::defer_lock);
+  threads = std::min(threads, kMost);
   if (items < 2 || threads < 2 || !alone.try_lock()) {
     for (int item = 0; item < items; item++) call(work, item, 0);
     return;
   }
   grow(threads);
   call_ = call, work_ = work, items_ = items, threads_ = threads;
-  next_ = 0;
+  for (int slot = 0; slot < threads; slot++) next_[slot].item = first_of(slot, items, threads);
   phase_++;
   if (asleep_) {
     std::lock_guard<std::mutex> lock(sleep_);
     wake_.notify_all();
   }
-  for (int item; (item = next_++) < items;) call(work, item, 0);
+  this->work(0);
   phase_++;  // who has not entered by now stays outside
   // A thread without a core, as when other work has it, finishes sooner if this one steps aside.
   for (int i = 1; inside_; i++) i % 1024 ? pause() : std::this_thread::yield();
+}
+
+void Pool::work(int slot) {
+  for (int i = 0; i < threads_; i++) {
+    const int of = (slot + i) % threads_, end = first_of(of + 1, items_, threads_);
+    for (int item; (item = next_[of].item++) < end;) call_(work_, item, slot);
+  }
 }
 
 void Pool::serve(int slot) {
   uint64_t seen = 0;
   for (;;) {
     const auto until = std::chrono::steady_clock::now() + kSpin;
-    for (int i = 1; phase_ == seen && (i % 64 || std::chrono::steady_clock::now() < until); i++) pause();
+    for (int i = 1; phase_ == seen && (i % 64 || std::chrono::steady_clock::now() < until); i++)
+      i % 64 ? pause() : std::this_thread::yield();  // the runtime's own threads want this core, too
     if (phase_ == seen) {
       std::unique_lock<std::mutex> lock(sleep_);
       asleep_++;
@@ -75,7 +86,7 @@ void Pool::serve(int slot) {
     inside_++;
     seen = phase_;
     if (seen % 2 && slot < threads_) {
-      for (int item; (item = next_++) < items_;) call_(work_, item, slot);
+      work(slot);
     }
     inside_--;
   }

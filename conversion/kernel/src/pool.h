@@ -1,6 +1,7 @@
 // Threads that share the items of one region; between regions they spin for a moment and then sleep.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -17,17 +18,28 @@ class Pool {
   static Pool& instance();
 
   // Calls work(context, item, slot) for every item below `items`, on at most `threads` threads including the
-  // caller's; `slot` < threads tells them apart. A thread that wakes too late is not waited for.
+  // caller's; `slot` < threads tells them apart. Each slot starts with its own run of items, so that it reads memory
+  // in order, and then helps out with the others'. A thread that wakes too late is not waited for.
   template <typename Work>
   void run(int items, int threads, const Work& work) {
     const Call call = [](const void* w, int item, int slot) { (*static_cast<const Work*>(w))(item, slot); };
     run(items, threads, call, &work);
   }
 
+  // Calls each(item) for every item below `items`, a few at a time, where one alone is little work.
+  template <typename Each>
+  void run_in_runs(int items, int threads, const Each& each) {
+    constexpr int kRun = 8;
+    run((items + kRun - 1) / kRun, threads, [&](int run, int) {
+      for (int i = run * kRun; i < std::min(items, (run + 1) * kRun); i++) each(i);
+    });
+  }
+
  private:
   Pool() = default;
   ~Pool();
   void run(int items, int threads, Call call, const void* work);
+  void work(int slot);
   void grow(int threads);
   void serve(int slot);
 
@@ -36,7 +48,12 @@ class Pool {
   Call call_ = nullptr;
   const void* work_ = nullptr;
   int items_ = 0, threads_ = 0;
-  std::atomic<int> next_{0}, inside_{0}, asleep_{0};
+  static constexpr int kMost = 64;  // threads
+  struct alignas(64) Next {
+    std::atomic<int> item{0};
+  };
+  Next next_[kMost];  // of each slot's items
+  std::atomic<int> inside_{0}, asleep_{0};
   std::atomic<uint64_t> phase_{0};  // odd while a region is open
   std::atomic<bool> leave_{false};
   std::mutex sleep_;

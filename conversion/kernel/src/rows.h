@@ -1,62 +1,24 @@
-// Element-wise work on rows, written once with the compilers' vector types and inlined into each path.
-//
-// Every operation is rounded by itself (the build forbids contraction), so all paths give the same bits.
+// Work on one row at a time: rounding, the gate, sums over choices, rotation, routing.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#include "experts.h"
 #include "isa.h"
-
-#define MOE_JAX_INLINE __attribute__((always_inline)) inline
+#include "vectors.h"
 
 namespace moe_jax {
 namespace {
 
-// Vectors as wide as the path's registers: compilers take wider ones apart badly.
 template <int N>
-struct Vectors;
-#define MOE_JAX_VECTORS(N)                                   \
-  template <>                                                \
-  struct Vectors<N> {                                        \
-    typedef float F __attribute__((vector_size(4 * N)));     \
-    typedef int32_t I __attribute__((vector_size(4 * N)));   \
-    typedef uint8_t B __attribute__((vector_size(N)));       \
-  };
-MOE_JAX_VECTORS(4)
-MOE_JAX_VECTORS(8)
-MOE_JAX_VECTORS(16)
-
-template <int N>
-struct Elements {
-  using F = typename Vectors<N>::F;
-  using I = typename Vectors<N>::I;
-  using B = typename Vectors<N>::B;
-
-  static MOE_JAX_INLINE F splat(float value) { return F{} + value; }
-
-  static MOE_JAX_INLINE F load(const float* from) {
-    F v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-  }
-
-  // Adding 1.5 * 2^23 leaves the nearest integer (halves to even) in the low bits.
-  static constexpr float kMagic = 12582912.0f;
-
-  static MOE_JAX_INLINE I magic_bits(F v) {
-    I bits;
-    std::memcpy(&bits, &v, sizeof bits);
-    return bits - 0x4B400000;
-  }
+struct RowWork {
+  using E = Elements<N>;
+  using F = typename E::F;
+  using I = typename E::I;
+  using B = typename E::B;
 
   // XNNPACK's dynamic quantisation of a row (n a multiple of 16): asymmetric, zero always representable.
   static MOE_JAX_INLINE void quantize(const float* x, int n, uint8_t* codes, float* zero, float* inverse) {
-    F low = splat(0), high = splat(0);
+    F low = E::splat(0), high = E::splat(0);
     for (int i = 0; i < n; i += N) {
-      const F v = load(x + i);
+      const F v = E::load(x + i);
       low = v < low ? v : low;
       high = v > high ? v : high;
     }
@@ -72,7 +34,7 @@ struct Elements {
     const I shift = I{} + (static_cast<int32_t>(point) + kOffset);
     const I floor = I{} + (kOffset - 128), ceiling = I{} + (kOffset + 127);
     for (int i = 0; i < n; i += N) {
-      I q = magic_bits(load(x + i) * splat(scale) + splat(kMagic)) + shift;
+      I q = E::magic_bits(E::load(x + i) * E::splat(scale) + E::splat(E::kMagic)) + shift;
       q = q < floor ? floor : q;
       q = q > ceiling ? ceiling : q;
       const B bytes = __builtin_convertvector(q, B);
@@ -82,55 +44,64 @@ struct Elements {
     *inverse = 1.0f / scale * 0.0625f;
   }
 
-  // 1 / (1 + exp(-x)), within 2 units in the last place.
-  static MOE_JAX_INLINE F sigmoid(F x) {
-    F z = x < 0 ? x : -x;
-    z = z < splat(-87.0f) ? splat(-87.0f) : z;
-    const F rounded = z * splat(1.44269504f) + splat(kMagic), n = rounded - splat(kMagic);
-    F t = z - n * splat(0.693145752f);
-    t = t - n * splat(1.42860677e-6f);
-    F p = splat(1.0f / 720) * t + splat(1.0f / 120);
-    p = p * t + splat(1.0f / 24);
-    p = p * t + splat(1.0f / 6);
-    p = p * t + splat(0.5f);
-    p = p * t * t + t + splat(1.0f);
-    const I exponent = (magic_bits(rounded) + 127) << 23;
-    F power;
-    std::memcpy(&power, &exponent, sizeof power);
-    const F e = p * power, small = e / (e + splat(1.0f));
-    return x < 0 ? small : splat(1.0f) - small;
-  }
-
   static MOE_JAX_INLINE void gate(const float* gate, const float* up, int n, uint32_t activation, float* h) {
     for (int i = 0; i < n; i += N) {
-      const F g = load(gate + i);
-      // tanh(z) = 2 sigmoid(2z) - 1, so both activations are g times a sigmoid.
-      const F bent = (g * g * splat(0.044715f) + splat(1.0f)) * g * splat(1.59576912f);
-      const F y = g * sigmoid(activation == kGeluTanh ? bent : g) * load(up + i);
+      const F g = E::load(gate + i);
+      // tanh(z) = 2 E::sigmoid(2z) - 1, so both activations are g times a sigmoid.
+      const F bent = (g * g * E::splat(0.044715f) + E::splat(1.0f)) * g * E::splat(1.59576912f);
+      const F y = g * E::sigmoid(activation == kGeluTanh ? bent : g) * E::load(up + i);
       std::memcpy(h + i, &y, sizeof y);
     }
   }
 
   static MOE_JAX_INLINE void combine(const float* const* terms, const float* weights, int count, int n, float* y) {
     for (int i = 0; i < n; i += N) {
-      F sum = load(terms[0] + i) * splat(weights[0]);
-      for (int k = 1; k < count; k++) sum += load(terms[k] + i) * splat(weights[k]);
+      F sum = E::load(terms[0] + i) * E::splat(weights[0]);
+      for (int k = 1; k < count; k++) sum += E::load(terms[k] + i) * E::splat(weights[k]);
       std::memcpy(y + i, &sum, sizeof sum);
+    }
+  }
+
+  // One head's row: normed if `epsilon` is not 0, then its adjacent pairs turned.
+  static MOE_JAX_INLINE void rotate(const float* x, const float* cosines, const float* sines, int n, float epsilon,
+                                    float* y) {
+    const float inverse = epsilon ? 1.0f / std::sqrt(E::dot(x, x, n) / n + epsilon) : 1.0f;
+    for (int i = 0; i < n; i += 2) {
+      const float a = x[i] * inverse, b = x[i + 1] * inverse;
+      y[i] = a * cosines[i] + -b * sines[i];
+      y[i + 1] = b * cosines[i + 1] + a * sines[i + 1];
+    }
+  }
+
+  // One token's choices: the best of its scores plus `bias`, ties to the lower number, and their scores' shares.
+  static MOE_JAX_INLINE void route(const RouteShape& s, const float* x, const float* weight, const float* bias,
+                                   int32_t* ids, float* shares) {
+    float scores[kMostExperts], biased[kMostExperts];
+    const int experts = s.experts;
+    for (int e = 0; e < experts; e++) scores[e] = E::dot(x, weight + static_cast<size_t>(e) * s.width, s.width);
+    if (s.softmax) {
+      float most = scores[0], sum = 0;
+      for (int e = 1; e < experts; e++) most = scores[e] > most ? scores[e] : most;
+      for (int e = 0; e < experts; e++) sum += scores[e] = E::vanishing(E::splat(scores[e] - most))[0];
+      for (int e = 0; e < experts; e++) scores[e] /= sum;
+    } else {
+      for (int e = 0; e < experts; e++) scores[e] = E::sigmoid(E::splat(scores[e]))[0];
+    }
+    for (int e = 0; e < experts; e++) biased[e] = scores[e] + bias[e];
+    float sum = 0;
+    for (uint32_t k = 0; k < s.choices; k++) {
+      int best = 0;
+      for (int e = 1; e < experts; e++) best = biased[e] > biased[best] ? e : best;
+      biased[best] = -INFINITY;
+      ids[k] = best;
+      sum += shares[k] = scores[best];
+    }
+    for (uint32_t k = 0; k < s.choices; k++) {
+      if (s.normalise) shares[k] /= sum + 1e-20f;
+      shares[k] *= s.factor;
     }
   }
 };
 
 }  // namespace
 }  // namespace moe_jax
-
-// The element-wise functions of one path, compiled for `target` with `lanes` lanes.
-#define MOE_JAX_ROWS(target, lanes)                                                                 \
-  target void quantize(const float* x, int n, uint8_t* codes, float* zero, float* inverse) {        \
-    Elements<lanes>::quantize(x, n, codes, zero, inverse);                                          \
-  }                                                                                                 \
-  target void gate(const float* g, const float* up, int n, uint32_t activation, float* h) {         \
-    Elements<lanes>::gate(g, up, n, activation, h);                                                 \
-  }                                                                                                 \
-  target void combine(const float* const* terms, const float* weights, int count, int n, float* y) { \
-    Elements<lanes>::combine(terms, weights, count, n, y);                                          \
-  }

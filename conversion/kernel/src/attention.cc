@@ -1,0 +1,44 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "isa.h"
+#include "pool.h"
+
+namespace moe_jax {
+
+// Pieces of a fixed number of positions are shared among threads; each leaves a softmax of its own, with its maximum
+// and its sum, and these are put together in order at the end.
+void run_attention(const Isa& isa, const AttentionCall& c, int threads) {
+  const int width = c.width, pieces = (c.used + kMostPositions - 1) / kMostPositions;
+  const size_t of_group = static_cast<size_t>(c.rows) * width, of_cache = static_cast<size_t>(c.length) * width;
+  thread_local std::vector<float> memory;
+  const size_t ends = static_cast<size_t>(c.groups) * pieces * c.rows;  // of rows over one piece
+  memory.resize(ends * (width + 2));
+  float *outs = memory.data(), *most = outs + ends * width, *sums = most + ends;
+
+  Pool::instance().run(c.groups * pieces, threads, [&](int item, int) {
+    const int group = item / pieces, begin = item % pieces * kMostPositions;
+    for (int row = 0; row < c.rows; row += kMostRows) {
+      const float* mask[kMostRows];
+      const int rows = std::min(kMostRows, c.rows - row);
+      for (int r = 0; r < rows; r++) mask[r] = c.mask + static_cast<size_t>((row + r) % c.positions) * c.length + begin;
+      const size_t at = static_cast<size_t>(item) * c.rows + row, of_piece = static_cast<size_t>(begin) * width;
+      isa.attend({c.q + group * of_group + static_cast<size_t>(row) * width, c.k + group * of_cache + of_piece,
+                  c.v + group * of_cache + of_piece, mask, rows, width, std::min(kMostPositions, c.used - begin),
+                  outs + at * width, most + at, sums + at});
+    }
+  });
+
+  for (int group = 0; group < c.groups; group++) {
+    for (int row = 0; row < c.rows; row++) {
+      const size_t first = static_cast<size_t>(group) * pieces * c.rows + row;
+      isa.merge(outs + first * width, most + first, sums + first, pieces, c.rows, width,
+                c.out + group * of_group + static_cast<size_t>(row) * width);
+    }
+  }
+}
+
+}  // namespace moe_jax

@@ -1,0 +1,24 @@
+// Attention of one call over a cache of float32 that is read where it lies, and only as far as it is in use.
+//
+// C cache length, G key/value heads, H head width, R rows of a group: its query heads one after the other, S
+// positions each.
+#pragma once
+
+#include <cstddef>
+
+namespace moe_jax {
+
+struct AttentionCall {
+  int groups, rows, positions, width, length;  // G, R, S, H (a multiple of 16), C
+  int used;                                    // positions of the cache to look at, from the first on
+  const float *q, *k, *v;                      // [G, R, H], [G, C, H], [G, C, H]
+  const float* mask;                           // [S, C], added to the scores
+  float* out;                                  // [G, R, H]
+};
+
+struct Isa;
+
+// softmax(q k^T + mask) v. The result does not depend on the number of threads.
+void run_attention(const Isa& isa, const AttentionCall& call, int threads);
+
+}  // namespace moe_jax

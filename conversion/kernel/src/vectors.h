@@ -1,0 +1,105 @@
+// Arithmetic on the compilers' vector types: written once, inlined into each path.
+//
+// Every operation is rounded by itself (the build forbids contraction), so all paths give the same bits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define MOE_JAX_INLINE __attribute__((always_inline)) inline
+
+namespace moe_jax {
+namespace {
+
+// Vectors as wide as the path's registers: compilers take wider ones apart badly.
+template <int N>
+struct Vectors;
+#define MOE_JAX_VECTORS(N)                                   \
+  template <>                                                \
+  struct Vectors<N> {                                        \
+    typedef float F __attribute__((vector_size(4 * N)));     \
+    typedef int32_t I __attribute__((vector_size(4 * N)));   \
+    typedef uint8_t B __attribute__((vector_size(N)));       \
+  };
+MOE_JAX_VECTORS(4)
+MOE_JAX_VECTORS(8)
+MOE_JAX_VECTORS(16)
+
+template <int N>
+struct Elements {
+  using F = typename Vectors<N>::F;
+  using I = typename Vectors<N>::I;
+  using B = typename Vectors<N>::B;
+
+  static MOE_JAX_INLINE F splat(float value) { return F{} + value; }
+
+  static MOE_JAX_INLINE F load(const float* from) {
+    F v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  }
+
+  static MOE_JAX_INLINE void store(float* to, F v) { std::memcpy(to, &v, sizeof v); }
+
+  // Adding 1.5 * 2^23 leaves the nearest integer (halves to even) in the low bits.
+  static constexpr float kMagic = 12582912.0f;
+
+  static MOE_JAX_INLINE I magic_bits(F v) {
+    I bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    return bits - 0x4B400000;
+  }
+
+  // exp(z) for z <= 0, within 2 units in the last place; below -87, where it leaves the normal numbers, exp(-87).
+  static MOE_JAX_INLINE F exponential(F z) {
+    z = z < splat(-87.0f) ? splat(-87.0f) : z;
+    const F rounded = z * splat(1.44269504f) + splat(kMagic), n = rounded - splat(kMagic);
+    F t = z - n * splat(0.693145752f);
+    t = t - n * splat(1.42860677e-6f);
+    F p = splat(1.0f / 720) * t + splat(1.0f / 120);
+    p = p * t + splat(1.0f / 24);
+    p = p * t + splat(1.0f / 6);
+    p = p * t + splat(0.5f);
+    p = p * t * t + t + splat(1.0f);
+    const I exponent = (magic_bits(rounded) + 127) << 23;
+    F power;
+    std::memcpy(&power, &exponent, sizeof power);
+    return p * power;
+  }
+
+  // The same, but 0 below -87, so that what is masked adds nothing.
+  static MOE_JAX_INLINE F vanishing(F z) { return z < splat(-87.0f) ? splat(0.0f) : exponential(z); }
+
+  // 1 / (1 + exp(-x)), within 2 units in the last place.
+  static MOE_JAX_INLINE F sigmoid(F x) {
+    const F e = exponential(x < 0 ? x : -x), small = e / (e + splat(1.0f));
+    return x < 0 ? small : splat(1.0f) - small;
+  }
+
+  // Sums have 16 lanes on every path, whatever a register holds, so that all paths add in the same order.
+  static constexpr int kLanes = 16, kParts = kLanes / N;
+  struct Sum {
+    F part[kParts];
+  };
+
+  // Lane i and i + 8, then 4 apart, 2 apart, 1 apart.
+  static MOE_JAX_INLINE float total(const Sum& sum) {
+    float lanes[kLanes];
+    std::memcpy(lanes, &sum, sizeof lanes);
+    for (int apart = kLanes / 2; apart; apart /= 2)
+      for (int i = 0; i < apart; i++) lanes[i] += lanes[i + apart];
+    return lanes[0];
+  }
+
+  // Of n products, a multiple of 16.
+  static MOE_JAX_INLINE float dot(const float* a, const float* b, int n) {
+    Sum sum = {};
+    for (int i = 0; i < n; i += kLanes)
+      for (int j = 0; j < kParts; j++) sum.part[j] += load(a + i + j * N) * load(b + i + j * N);
+    return total(sum);
+  }
+};
+
+}  // namespace
+}  // namespace moe_jax
