@@ -24,8 +24,8 @@ class Form(Protocol):
 
     markers: type[markers.Markers]  # that lowering leaves for this form
 
-    def begin(self, g: Graph, positions: int, call: str) -> None:
-        """A new graph for a call, with the positions int32 [T] of its tokens."""
+    def begin(self, g: Graph, positions: int, length: int, call: str) -> None:
+        """A new graph for a call, with the positions int32 [T] of its tokens in a cache of `length`."""
         ...
 
     def expand(self, g: Graph, code: str, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
@@ -42,9 +42,9 @@ class Stock:
         self.content = content
         self._banks: dict[str, Any] = {}
 
-    def begin(self, g: Graph, positions: int, call: str) -> None:
+    def begin(self, g: Graph, positions: int, length: int, call: str) -> None:
         """See `Form.begin`."""
-        self._attention = Attention(g, positions, call)
+        self._attention = Attention(g, positions, length, call)
 
     def expand(self, g: Graph, code: str, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
         """See `Form.expand`."""

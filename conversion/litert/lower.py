@@ -160,7 +160,7 @@ class _Stamp:
         g, c = self.model.graph(call), self.weights.config
         given = {name: g.input(*kind, name) for name, kind in kinds.items()}
         state = self._put(g, f"{call}/embed", "", given) | {"mask": given["mask"]}
-        self._form.begin(g, given["input_pos"], call)
+        self._form.begin(g, given["input_pos"], g.shape(given["mask"])[3], call)
         x, outputs = state.pop("x"), {}
         for layer in range(c.num_layers):
             names = {"x": x} | {part: given[f"kv_cache_{part}_{layer}"] for part in "kv"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from ai_edge_litert.interpreter import Interpreter
 
 from conversion import weights
 from conversion.litert import attention, lower
-from conversion.litert.attention import Attention, attend, levels
-from conversion.litert.flatbuffer import Model
+from conversion.litert.attention import Attention, attend, chunks, levels
+from conversion.litert.flatbuffer import BUILTIN_NAMES, Graph, Model
 from conversion.torch_model import MobileMoE, Reference
 from moe_jax.config import ModelConfig
 from tests.conversion.conftest import MOE
@@ -23,9 +24,9 @@ CONTEXT, PREFILL = 400, 16  # of a model
 
 
 class Both:
-    """A file with attention over levels and over everything, on random caches."""
+    """A file with attention over levels, in chunks, and over everything in one piece, on random caches."""
 
-    def __init__(self, folder: Path, tokens: int) -> None:
+    def __init__(self, folder: Path, tokens: int, chunk: int = 256) -> None:
         self.tokens, rng = tokens, np.random.default_rng(tokens)
         rows = HEADS // GROUPS * tokens
         shapes = {"q": (1, GROUPS, rows, WIDTH), "mask": (1, 1, tokens, LENGTH)}
@@ -37,16 +38,18 @@ class Both:
             inputs = {"positions": g.input((tokens,), "int32")}
             inputs |= {part: g.input(shapes[part], "float32") for part in ("q", "k", "v", "mask")}
             around = [inputs[part] for part in ("q", "k", "v", "mask")]
-            if name == "levels":
-                form = Attention(g, inputs["positions"], name)
-                # Twice, as by layers, which share the branches.
-                g.outputs = [form.expand([form.expand(around), *around[1:]])]
-            else:
-                g.outputs = [attend(g, [attend(g, around, LENGTH), *around[1:]], LENGTH)]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(attention, "_CHUNK", chunk if name == "levels" else LENGTH)
+                if name == "levels":
+                    form = Attention(g, inputs["positions"], LENGTH, name)
+                    # Twice, as by layers, which share the branches.
+                    g.outputs = [form.expand([form.expand(around), *around[1:]])]
+                else:
+                    g.outputs = [attend(g, [attend(g, around, LENGTH), *around[1:]], LENGTH)]
             model.signature(name, g, inputs, {"y": g.outputs[0]})
         self.model = model
-        model.write(folder / f"attention_{tokens}.tflite")
-        runtime = Interpreter(str(folder / f"attention_{tokens}.tflite"), num_threads=1)
+        model.write(folder / "attention.tflite")
+        runtime = Interpreter(str(folder / "attention.tflite"), num_threads=1)
         self._calls = {name: runtime.get_signature_runner(name) for name in ("levels", "all")}
 
     def run(self, name: str, positions: np.ndarray, **changed: np.ndarray) -> np.ndarray:
@@ -56,19 +59,37 @@ class Both:
         return self._calls[name](positions=positions.astype(np.int32), mask=mask, **given)["y"]
 
 
+def ops(g: Graph) -> list[tuple[str, int]]:
+    """Name and number of inputs of each op."""
+    return [(BUILTIN_NAMES[g.model.t.operatorCodes[op.opcodeIndex].builtinCode], len(op.inputs)) for op in g.ops]
+
+
 @pytest.fixture(scope="module", params=[1, 5, 200], ids="T={}".format)
 def both(request, tmp_path_factory) -> Both:
     return Both(tmp_path_factory.mktemp("attention"), request.param)
 
 
 def test_levels_rise_to_the_whole_cache_and_hold_a_call():
-    assert levels(96, 1) == [96] and levels(1024, 1) == [128, 192, 256, 384, 512, 1024]
-    assert levels(8320, 1)[-3:] == [3072, 4096, 8320]  # one token's copy of 6,144 costs what it saves
-    assert levels(8320, 200)[:2] == [256, 384] and levels(8320, 200)[-2:] == [6144, 8320]
+    assert levels(96, 1) == [96] and levels(1024, 1) == [128, 192, 288, 384, 480, 608, 736, 896, 1024]
+    assert levels(8320, 200)[:2] == [224, 320]
     for length in (32, 128, 1000, 131_072):
         for tokens in (1, 31):
             found = levels(length, tokens)
             assert found == sorted(set(found)) and found[-1] == length and found[0] >= tokens
+
+
+def test_little_of_what_is_read_is_not_in_use_and_levels_are_few():
+    found = levels(8320, 1)
+    assert len(found) == 33 and found[0] == 128
+    assert all(b - a <= a / 2 for a, b in pairwise(found)) and all(b - a <= a / 8 for a, b in pairwise(found[12:]))
+
+
+@pytest.mark.parametrize("n", [1, 32, 1000, 3072, 3073, 8320, 40_001])
+def test_chunks_cover_all_positions_and_are_about_equal(n):
+    found = chunks(n)
+    assert [start for start, _ in found] == [0, *np.cumsum([size for _, size in found])[:-1]]
+    assert sum(size for _, size in found) == n
+    assert max(size for _, size in found) <= 1.5 * 2048 and (n < 3072 or min(size for _, size in found) >= 1024)
 
 
 def ends(tokens: int) -> list[int]:
@@ -118,7 +139,34 @@ def test_unused_places_of_a_call_may_have_any_smaller_position(both):
 def test_layers_share_the_branches(both):
     names = [g.t.name for g in both.model.graphs]
     count = len(levels(LENGTH, both.tokens))
-    assert len(names) == len(set(names)) == 2 + 2 * count - 2  # a binary tree without its root
+    branches = count + 1 if both.tokens == 1 else 2 * count - 2  # a chain and its skip, or a tree without its root
+    assert len(names) == len(set(names)) == 2 + branches
+
+
+def test_no_branch_of_one_token_holds_an_if_that_entering_it_would_prepare(tmp_path):
+    main, *branches = Both(tmp_path, 1).model.graphs
+    assert ("IF", 6) in ops(main) and not any("IF" in dict(ops(g)) for g in branches)
+
+
+def test_many_chunks_are_joined_in_order_by_as_few_inputs_at_once_as_xnnpack_takes(tmp_path):
+    many = Both(tmp_path, 1, chunk=32)
+    joins = [inputs for g in many.model.graphs for op, inputs in ops(g) if op == "CONCATENATION"]
+    assert max(joins) == 5 and joins.count(5) > len(levels(LENGTH, 1))
+    for end in ends(1):
+        got, want = (many.run(name, np.array([end - 1])) for name in ("levels", "all"))
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6, err_msg=f"{end} positions in use")
+
+
+def test_the_mask_of_many_heads_to_a_group_is_joined_so_too():
+    g = Model().graph("seven heads to a group")
+    shapes = (1, 1, 7 * 2, 8), (1, 1, 32, 8), (1, 1, 32, 8), (1, 1, 2, 32)
+    attend(g, [g.input(shape, "float32") for shape in shapes], 32)
+    assert [inputs for op, inputs in ops(g) if op == "CONCATENATION"] == [5, 2, 2]
+
+
+def test_only_the_scores_of_one_token_come_in_chunks(both):
+    products = {op.count(("BATCH_MATMUL", 2)) for op in map(ops, both.model.graphs[1:-1])} - {0}
+    assert products == ({2, 4, 6, 8} if both.tokens == 1 else {2})
 
 
 def test_no_level_is_made_where_the_cache_is_short(exported):
@@ -130,7 +178,9 @@ def test_a_model_writes_the_same_logits_at_every_position(tmp_path, monkeypatch)
     source, length = weights.random(config), lower.cache_length(CONTEXT, (PREFILL,))
     assert len(levels(length, PREFILL)) > 2
     tokens = np.random.default_rng(3).integers(0, 300, (1, CONTEXT)).astype(np.int32)
-    lower.export_tflite(source, tmp_path / "levels.tflite", CONTEXT, (PREFILL,))
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_CHUNK", 128)
+        lower.export_tflite(source, tmp_path / "levels.tflite", CONTEXT, (PREFILL,))
     got = logits(tmp_path / "levels.tflite", config, tokens, length)
     monkeypatch.setattr(attention, "levels", lambda length, tokens: [length])
     lower.export_tflite(source, tmp_path / "all.tflite", CONTEXT, (PREFILL,))
