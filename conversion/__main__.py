@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--experts",
         choices=FORMS,
         default="sparse",
-        help="default sparse, on stock ops; kernel is one custom op a layer, for runtimes with conversion/kernel; "
+        help="default sparse, on stock ops; kernel has custom ops, for runtimes with conversion/kernel; "
         "dense computes all of them on every token, to compare with",
     )
     sub.add_argument("--overwrite", action="store_true", help="replace existing files")

@@ -182,7 +182,7 @@ def _text(name: str, *arguments: Any) -> str:
 
 
 def _environment(tflite: memoryview) -> c_void_p:
-    """With the kernel for routed experts where the model has its op."""
+    """With the kernel where the model has ops of it."""
     from conversion.kernel import register
     from conversion.kernel.build import library
 

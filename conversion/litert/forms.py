@@ -7,8 +7,9 @@ options (names of weights among them), its inputs, and the tensors that its resu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from conversion import litert
 from conversion.litert import bank, kernel_op, markers
 from conversion.litert.attention import Attention
 from conversion.litert.content import Content, Names
@@ -19,35 +20,21 @@ from conversion.litert.flatbuffer import Graph
 Options = dict[str, Any]
 
 
-class Form(Protocol):
-    """How the markers of one file are expanded."""
-
-    markers: type[markers.Markers]  # that lowering leaves for this form
-
-    def begin(self, g: Graph, positions: int, length: int, call: str) -> None:
-        """A new graph for a call, with the positions int32 [T] of its tokens in a cache of `length`."""
-        ...
-
-    def expand(self, g: Graph, code: str, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
-        """Append what the marker `code` stands for."""
-        ...
-
-
 class Stock:
     """Builtin ops: only the experts that a token chooses are computed, or read."""
 
-    markers = markers.Markers
+    markers = markers.Markers  # that lowering leaves for this form
 
     def __init__(self, content: Content) -> None:
         self.content = content
         self._banks: dict[str, Any] = {}
 
     def begin(self, g: Graph, positions: int, length: int, call: str) -> None:
-        """See `Form.begin`."""
+        """A new graph for a call, with the positions int32 [T] of its tokens in a cache of `length`."""
         self._attention = Attention(g, positions, length, call)
 
     def expand(self, g: Graph, code: str, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
-        """See `Form.expand`."""
+        """Append what the marker `code` stands for."""
         getattr(self, code.removeprefix("moe_jax."))(g, options, inputs, outs)
 
     def linear(self, g: Graph, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
@@ -153,7 +140,7 @@ class Kernel(Stock):
         return names[0] in self.content.int4 and bank.fits(*self.content.shape(names))
 
 
-FORMS: dict[str, type[Stock]] = {"sparse": Stock, "kernel": Kernel, "dense": Dense}
+FORMS: dict[str, type[Stock]] = dict(zip(litert.FORMS, (Stock, Kernel, Dense), strict=True))
 
 
 def _names(experts: str) -> tuple[str, str]:
