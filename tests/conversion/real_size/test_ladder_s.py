@@ -64,4 +64,5 @@ def test_the_texts_reach_every_expert_of_every_layer(sections):
         for piece in pieces:
             verify._torch_logits(weights.random(SMALL), piece, True)
     layers = [np.concatenate([ids.ravel() for ids in hit[i :: SMALL.num_layers]]) for i in range(SMALL.num_layers)]
+    assert SMALL.moe is not None
     assert [len(np.unique(layer)) for layer in layers] == [SMALL.moe.num_experts] * SMALL.num_layers
