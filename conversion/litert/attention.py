@@ -98,8 +98,8 @@ class Attention:
     def _chain(self, inputs: Sequence[int], kinds: Sequence[Kind], out: int) -> int:
         """Append an IF for each level, which sets or hands on the value.
 
-        For one token, whose value is short. To enter a branch prepares all IFs in it: a tree of 12 levels
-        took 10 us a layer more.
+        For one token, whose value is short. To enter a branch prepares all IFs in it: a tree of 13 levels
+        took 10 us a layer more (42 in place of 32 on one thread).
         """
         if not self._leaves:
             for n in (*self._levels, None):
@@ -115,7 +115,8 @@ class Attention:
     def _fork(self, g: Graph, used: int, lengths: Sequence[int], kinds: Sequence[Kind]) -> tuple[int, Graph, Graph]:
         """Append whether the first half of `lengths` will do, and make the subgraphs of both halves: a tree.
 
-        For many tokens, whose values are long: a chain's copies took a seventh of 512 tokens over 600 positions.
+        For many tokens, whose values are long and copied at each level not taken: with a chain, 128 tokens over
+        150 positions took 0.76 ms a layer in place of 0.51, 512 over 600 took 12.7 in place of 12.0.
         """
         half = len(lengths) // 2
         enough = g.add("LESS_EQUAL", [used, g.const(np.int32(lengths[half - 1]))], ((), "bool"))
