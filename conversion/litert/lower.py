@@ -106,8 +106,11 @@ def export_tflite(
     calls = {f"prefill_{n}": n for n in sorted(set(prefill))} | {"decode": 1}
     form = FORMS[experts]
     stamp = _Stamp(weights, _lowered(weights, calls, length, form), form, say)
+    # Before all branches, and the call that is made for each token first: LiteRT's GetTensorIdentifier looks for
+    # each input and output in all subgraphs in turn, which after 4,400 of them took 2.3 ms of a token of size S.
+    graphs = {name: stamp.model.graph(name) for name in reversed(calls)}
     for name, tokens in calls.items():
-        stamp.signature(name, inputs(weights.config, tokens, length))
+        stamp.signature(graphs[name], inputs(weights.config, tokens, length))
     stamp.model.write(path)
 
 
@@ -155,9 +158,9 @@ class _Stamp:
         self._form = form(Content(weights, self.model, say))
         self._parts = {_text(s.signatureKey): (parts.graphs[s.subgraphIndex], s) for s in parts.t.signatureDefs}
 
-    def signature(self, call: str, kinds: Mapping[str, Kind]) -> None:
-        """Append the graph of one call."""
-        g, c = self.model.graph(call), self.weights.config
+    def signature(self, g: Graph, kinds: Mapping[str, Kind]) -> None:
+        """Fill the graph of one call."""
+        call, c = g.t.name, self.weights.config
         given = {name: g.input(*kind, name) for name, kind in kinds.items()}
         state = self._put(g, f"{call}/embed", "", given) | {"mask": given["mask"]}
         self._form.begin(g, given["input_pos"], g.shape(given["mask"])[3], call)
