@@ -189,8 +189,8 @@ def table(result: dict[str, Any]) -> str:
         if not key.startswith("tokens_"):
             continue
         tokens = int(key.removeprefix("tokens_"))
-        tiles = tiling(tokens, result["shape"]["K"], result["shape"]["E"]) if tokens > 1 else (1, 1)
-        lines.append(f"{tokens} tokens; rows, tiles of an expert on stock ops: {tiles}")
+        tiles = tiling(tokens, result["shape"]["K"], result["shape"]["E"]) if tokens > 1 else (1,)
+        lines.append(f"{tokens} tokens; rows of an expert's tiles on stock ops: {', '.join(map(str, tiles))}")
         lines += [
             f"  {name:9}median {r['median_us']:9,.0f} us = {r['median_ratio']:5.2f}x dense, least "
             f"{r['least_us']:9,.0f} us = {r['least_ratio']:5.2f}x, {r['threads']} thread(s)"

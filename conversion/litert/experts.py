@@ -21,8 +21,9 @@ F32, I32, BOOL = "float32", "int32", "bool"
 Bank = Int4 | Sequence[Stored]  # one matrix of each expert, at hand or in the file already
 # XNNPACK's AVX-512 kernel takes 14 rows at once: 2 rows cost what 14 do, 16 cost twice as much, and 1 row,
 # which has its own kernel, half. Chosen on x86; Arm was not measured.
-_TILES = (4, 8, 14, 28)
+_TILES = (4, 8, 14)
 _FEW = 2.5  # mean rows of an expert up to which single rows beat tiles
+_MANY = 4  # tiles of an expert above which the first of them is larger
 
 
 class Experts:
@@ -164,23 +165,27 @@ def expand_decode(g: Graph, experts: Experts, x: int, ids: int, weights: int, ou
     return y
 
 
-def tiling(tokens: int, choices: int, experts: int) -> tuple[int, int]:
-    """(C, J): rows of a tile, and the tiles that every expert has before it counts as overfull.
+def tiling(tokens: int, choices: int, experts: int) -> tuple[int, ...]:
+    """Rows of the tiles that every expert has before it counts as overfull, in the order in which they fill.
 
-    J*C leaves about 1.8 standard deviations of a uniform routing above the mean load.
+    Together they leave about 1.8 standard deviations of a uniform routing above the mean load. Each other number of
+    rows is one more subgraph of every expert: 28 beside 14 made 512 tokens no faster, and 1.3 times as many subgraphs.
     """
     mean = tokens * choices / experts
     need = min(mean + 1.8 * math.sqrt(mean), tokens)
-    rows = min([c for c in _TILES if c >= need], default=_TILES[-1]) if mean > _FEW else 1
-    return rows, math.ceil(need / rows)
+    if mean <= _FEW:
+        return (1,) * math.ceil(need)
+    rows = min((c for c in _TILES if c >= need), default=_TILES[-1])
+    tiles = math.ceil(need / rows)
+    return (rows,) * tiles if tiles <= _MANY else (rows * (tiles - 2), rows, rows)
 
 
 def expand_prefill(g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None) -> int:
-    """`expand` for T > 1: J tiles of C of its own tokens for every expert, then a loop for the overfull."""
+    """`expand` for T > 1: tiles of its own tokens for every expert, then a loop for the overfull."""
     tokens, choices = g.shape(ids)
     n, width, routed = len(experts), experts.width, tokens * choices
-    rows, tiles = tiling(tokens, choices, n)
-    capacity, size = rows * tiles, routed + n
+    rows, size = tiling(tokens, choices, n), routed + n
+    tiles, capacity = len(rows), sum(rows)
     ids = _reshape(g, ids, routed)
 
     # Sort the pairs by (expert, token), with a marker in front of every expert: the integer keys are unique,
@@ -191,9 +196,7 @@ def expand_prefill(g: Graph, experts: Experts, x: int, ids: int, weights: int, o
     markers = g.const(-(routed + 1) * np.arange(n, dtype=np.int32))
     order = _argsort_descending(g, g.add("CONCATENATION", [key, markers], ((size,), I32), axis=0))
     rank = _argsort_descending(g, g.add("NEG", [order], ((size,), I32)))
-    lengths = g.const([routed, n])
-    kinds = ((routed,), I32), ((n,), I32)
-    rank, marker = g.add("SPLIT_V", [rank, lengths, g.const(np.int32(0))], *kinds, numSplits=2)
+    rank, marker = _split(g, rank, (routed, n))
     first = g.add("ADD", [marker, g.const(np.int32(1))], ((n,), I32))
     beyond = g.add("SLICE", [marker, g.const([1]), g.const([n - 1])], ((n - 1,), I32))
     beyond = g.add("CONCATENATION", [beyond, g.const([size])], ((n,), I32), axis=0)
@@ -208,15 +211,16 @@ def expand_prefill(g: Graph, experts: Experts, x: int, ids: int, weights: int, o
     steps = g.const(np.arange(capacity, dtype=np.int32)[None])
     at = g.add("ADD", [_reshape(g, first, n, 1), steps], ((n, capacity), I32))
     at = g.add("MINIMUM", [at, g.const(np.int32(size - 1))], ((n, capacity), I32))
-    tile_token = _unpack(g, _reshape(g, _take(g, token, at), n * tiles, rows))
-    starts = g.const(rows * np.arange(tiles, dtype=np.int32)[None])
-    used = g.add("GREATER", [_reshape(g, count, n, 1), starts], ((n, tiles), BOOL))
+    at = _unpack(g, _take(g, token, at))
+    starts = np.cumsum((0, *rows[:-1]), dtype=np.int32)
+    used = g.add("GREATER", [_reshape(g, count, n, 1), g.const(starts[None])], ((n, tiles), BOOL))
     used = _unpack(g, _reshape(g, used, n * tiles))
-    zeros = g.const(np.zeros((rows, width), np.float32))
+    zeros = {r: g.const(np.zeros((r, width), np.float32)) for r in rows}
     done = []
-    for i in range(n * tiles):
-        tile = _take(g, x, tile_token[i])
-        done.append(experts.set_if(g, used[i], i // tiles, zeros, tile))
+    for e in range(n):
+        for j, tile in enumerate(_split(g, at[e], rows)):
+            tile = _take(g, x, tile)
+            done.append(experts.set_if(g, used[e * tiles + j], e, zeros[rows[j]], tile))
 
     # Combine: every pair fetches its row; one past the capacity fetches the row of zeros at the end.
     done.append(g.const(np.zeros((1, width), np.float32)))
@@ -239,7 +243,7 @@ def expand_prefill(g: Graph, experts: Experts, x: int, ids: int, weights: int, o
         y = g.add("ADD", [y, term], like_y if last is None else last)
     if never_overfull:
         return y
-    return _add_rest(g, experts, (y, x, token, scale, first, beyond), (rows, capacity), out)
+    return _add_rest(g, experts, (y, x, token, scale, first, beyond), (rows[0], capacity), out)
 
 
 def _add_rest(g: Graph, experts: Experts, state: Sequence[int], tile: tuple[int, int], out: int | None) -> int:
@@ -300,6 +304,15 @@ def _rest_tile(experts: Experts, kinds: Sequence[Kind], rows: int) -> int:
 def _argsort_descending(g: Graph, keys: int) -> int:
     kind = g.like(keys)
     return g.add("TOPK_V2", [keys, g.const(np.int32(kind[0][0]))], kind, kind)[1]
+
+
+def _split(g: Graph, tensor: int, sizes: Sequence[int]) -> list[int]:
+    """The parts of a tensor [n], which have these sizes."""
+    if len(sizes) == 1:
+        return [tensor]
+    outs = [((size,), g.like(tensor)[1]) for size in sizes]
+    parts = g.add("SPLIT_V", [tensor, g.const(sizes), g.const(np.int32(0))], *outs, numSplits=len(outs))
+    return list(parts)
 
 
 def _reshape(g: Graph, tensor: int, *shape: int) -> int:

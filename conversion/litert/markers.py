@@ -18,6 +18,7 @@ from litert_torch.backend.lowerings import utils as lowering_utils
 from torch import Tensor
 
 from conversion import keymap, torch_ops  # noqa: F401  (its operators are lowered here)
+from conversion.litert.kernel_op import LANES
 from conversion.torch_model import Composed
 from moe_jax.config import ModelConfig, MoEConfig
 
@@ -75,7 +76,9 @@ class KernelMarkers(Markers):
         )
 
     def rotary(self, x: Tensor, turn: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
-        """Marker of the rotation of queries and keys."""
+        """Marker of the rotation of queries and keys, or the ops themselves for heads that the kernel has no lanes for."""
+        if x.shape[-1] % LANES:
+            return super().rotary(x, turn, cos, sin, epsilon)
         return torch.ops.moe_jax.rotary(x, cos, sin, float(epsilon))
 
 

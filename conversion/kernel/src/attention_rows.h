@@ -35,7 +35,7 @@ struct AttentionWork {
         for (int j = 0; j < E::kParts; j++) {
           float* at = scores[r] + p + j * N;
           const F e = E::vanishing(E::load(at) - E::splat(most));
-          std::memcpy(at, &e, sizeof e);
+          E::store(at, e);
           sum.part[j] += e;
         }
       c.most[r] = most;
@@ -71,17 +71,11 @@ struct AttentionWork {
     float highest = most[0], all = 0;
     for (int c = 1; c < count; c++) highest = most[c * step] > highest ? most[c * step] : highest;
     for (int c = 0; c < count; c++) all += sums[c * step] * E::vanishing(E::splat(most[c * step] - highest))[0];
-    for (int i = 0; i < n; i += N) {
-      const F nothing = E::splat(0.0f);
-      std::memcpy(y + i, &nothing, sizeof nothing);
-    }
+    for (int i = 0; i < n; i += N) E::store(y + i, E::splat(0.0f));
     for (int c = 0; c < count; c++) {
       const F share = E::splat(E::vanishing(E::splat(most[c * step] - highest))[0] / all);
       const float* part = outs + static_cast<size_t>(c) * step * n;
-      for (int i = 0; i < n; i += N) {
-        const F more = E::load(y + i) + E::load(part + i) * share;
-        std::memcpy(y + i, &more, sizeof more);
-      }
+      for (int i = 0; i < n; i += N) E::store(y + i, E::load(y + i) + E::load(part + i) * share);
     }
   }
 };

@@ -1,4 +1,4 @@
-// What differs between processors: rounding rows, multiplying tiles, the gate, the sum over choices.
+// What each path of a processor has its own build of: products, rows (rounding, gate, sums, rotation, routing), attention.
 #pragma once
 
 #include <cstddef>

@@ -42,22 +42,22 @@ void Pool::grow(int threads) {
   }
 }
 
-void Pool::run(int items, int threads, Call call, const void* work) {
+void Pool::run(int items, int threads, Call call, const void* context) {
   std::unique_lock<std::mutex> alone(busy_, std::defer_lock);
   threads = std::min(threads, kMost);
   if (items < 2 || threads < 2 || !alone.try_lock()) {
-    for (int item = 0; item < items; item++) call(work, item, 0);
+    for (int item = 0; item < items; item++) call(context, item, 0);
     return;
   }
   grow(threads);
-  call_ = call, work_ = work, items_ = items, threads_ = threads;
+  call_ = call, context_ = context, items_ = items, threads_ = threads;
   for (int slot = 0; slot < threads; slot++) next_[slot].item = first_of(slot, items, threads);
   phase_++;
   if (asleep_) {
     std::lock_guard<std::mutex> lock(sleep_);
     wake_.notify_all();
   }
-  this->work(0);
+  work(0);
   phase_++;  // who has not entered by now stays outside
   // A thread without a core, as when other work has it, finishes sooner if this one steps aside.
   for (int i = 1; inside_; i++) i % 1024 ? pause() : std::this_thread::yield();
@@ -66,7 +66,7 @@ void Pool::run(int items, int threads, Call call, const void* work) {
 void Pool::work(int slot) {
   for (int i = 0; i < threads_; i++) {
     const int of = (slot + i) % threads_, end = first_of(of + 1, items_, threads_);
-    for (int item; (item = next_[of].item++) < end;) call_(work_, item, slot);
+    for (int item; (item = next_[of].item++) < end;) call_(context_, item, slot);
   }
 }
 

@@ -13,16 +13,16 @@ namespace moe_jax {
 
 class Pool {
  public:
-  using Call = void (*)(const void* work, int item, int slot);
+  using Call = void (*)(const void* context, int item, int slot);
 
   static Pool& instance();
 
-  // Calls work(context, item, slot) for every item below `items`, on at most `threads` threads including the
+  // Calls work(item, slot) for every item below `items`, on at most `threads` threads including the
   // caller's; `slot` < threads tells them apart. Each slot starts with its own run of items, so that it reads memory
   // in order, and then helps out with the others'. A thread that wakes too late is not waited for.
   template <typename Work>
   void run(int items, int threads, const Work& work) {
-    const Call call = [](const void* w, int item, int slot) { (*static_cast<const Work*>(w))(item, slot); };
+    const Call call = [](const void* context, int item, int slot) { (*static_cast<const Work*>(context))(item, slot); };
     run(items, threads, call, &work);
   }
 
@@ -38,7 +38,7 @@ class Pool {
  private:
   Pool() = default;
   ~Pool();
-  void run(int items, int threads, Call call, const void* work);
+  void run(int items, int threads, Call call, const void* context);
   void work(int slot);
   void grow(int threads);
   void serve(int slot);
@@ -46,7 +46,7 @@ class Pool {
   std::vector<std::thread> workers_;
   std::mutex busy_;  // one region at a time
   Call call_ = nullptr;
-  const void* work_ = nullptr;
+  const void* context_ = nullptr;
   int items_ = 0, threads_ = 0;
   static constexpr int kMost = 64;  // threads
   struct alignas(64) Next {

@@ -50,7 +50,7 @@ struct RowWork {
       // tanh(z) = 2 E::sigmoid(2z) - 1, so both activations are g times a sigmoid.
       const F bent = (g * g * E::splat(0.044715f) + E::splat(1.0f)) * g * E::splat(1.59576912f);
       const F y = g * E::sigmoid(activation == kGeluTanh ? bent : g) * E::load(up + i);
-      std::memcpy(h + i, &y, sizeof y);
+      E::store(h + i, y);
     }
   }
 
@@ -58,7 +58,7 @@ struct RowWork {
     for (int i = 0; i < n; i += N) {
       F sum = E::load(terms[0] + i) * E::splat(weights[0]);
       for (int k = 1; k < count; k++) sum += E::load(terms[k] + i) * E::splat(weights[k]);
-      std::memcpy(y + i, &sum, sizeof sum);
+      E::store(y + i, sum);
     }
   }
 
