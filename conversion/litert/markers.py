@@ -76,7 +76,7 @@ class KernelMarkers(Markers):
         )
 
     def rotary(self, x: Tensor, turn: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
-        """Marker of the rotation of queries and keys, or the ops themselves for heads that the kernel has no lanes for."""
+        """Marker of the rotation of queries and keys; for heads that do not fill the kernel's lanes, stock ops."""
         if x.shape[-1] % LANES:
             return super().rotary(x, turn, cos, sin, epsilon)
         return torch.ops.moe_jax.rotary(x, cos, sin, float(epsilon))

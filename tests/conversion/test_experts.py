@@ -168,7 +168,7 @@ def test_decode_does_not_read_experts_that_were_not_chosen(tmp_path):
 
 @pytest.mark.parametrize("tokens", [1, 16, 60, 128, 600])
 def test_only_experts_with_tokens_are_entered(tmp_path, tokens):
-    """The conditions of the IFs, made the outputs: expert e runs a tile if its tokens fill more than those before."""
+    """The conditions of the IFs, made the outputs: an expert runs a tile if its tokens overflow those before."""
     rng = np.random.default_rng(tokens)
     model = model_of(bank_of(rng, 16), {"layer": tokens}, 2)
     g = model.graphs[[g.t.name for g in model.graphs].index("layer")]

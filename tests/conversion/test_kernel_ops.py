@@ -18,10 +18,12 @@ from conversion.int4 import Int4
 from conversion.kernel import build
 from conversion.litert import bank, kernel_op
 from conversion.litert.flatbuffer import Graph, Model
+from conversion.litert.markers import KernelMarkers
 from conversion.torch_model import Composed, _quarter_turn
 from moe_jax.config import MoEConfig
 from moe_jax.errors import UserError
 from moe_jax.ops import fake_quant
+from tests.conversion.conftest import MOE
 from tests.conversion.test_experts import int4
 from tests.conversion.test_kernel import ABSENT, ARM, X86, built, interpreter_of
 
@@ -226,6 +228,15 @@ def test_rotation_equals_the_reference(tmp_path, tokens, epsilon):
     turn = torch.from_numpy(_quarter_turn(32))
     x, cos, sin = (torch.from_numpy(given_[name]) for name in ("x", "cos", "sin"))
     np.testing.assert_allclose(found, Torch().rotary(x, turn, cos, sin, epsilon), rtol=0, atol=2e-6)
+
+
+def test_heads_that_do_not_fill_the_lanes_keep_stock_ops():
+    rng = np.random.default_rng(0)
+    x, cos, sin = (torch.from_numpy(rng.standard_normal((1, 3, heads, 24), np.float32)) for heads in (5, 1, 1))
+    turn, ops = torch.from_numpy(_quarter_turn(24)), KernelMarkers(MOE)
+    assert torch.equal(ops.rotary(x, turn, cos, sin, 1e-6), Torch().rotary(x, turn, cos, sin, 1e-6))
+    with pytest.raises(NotImplementedError, match="marker"):
+        ops.rotary(x[..., :16], turn, cos[..., :16], sin[..., :16], 1e-6)
 
 
 @settings(max_examples=30, deadline=None)

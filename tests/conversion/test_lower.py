@@ -72,6 +72,12 @@ def test_signatures_share_one_copy_of_each_weight(exported):
 
 
 @pytest.mark.parametrize("exported", ["moe"], indirect=True)
+def test_the_runtime_finds_a_calls_tensors_before_it_walks_over_branches(exported):
+    names = [graph.t.name.decode() for graph in Model.read(exported.tflite).graphs]
+    assert names[: 1 + len(PREFILL)] == ["decode", *(f"prefill_{n}" for n in sorted(PREFILL, reverse=True))]
+
+
+@pytest.mark.parametrize("exported", ["moe"], indirect=True)
 def test_the_same_weights_give_the_same_file(exported, tmp_path):
     lower.export_tflite(exported.weights, tmp_path / "again.tflite", CONTEXT, PREFILL)
     assert (tmp_path / "again.tflite").read_bytes() == exported.tflite.read_bytes()
