@@ -315,8 +315,8 @@ class Graph:
         if out is None:
             out = ((*rows, self.shape(weight)[0]), "float32")
         version = 12 if self.t.tensors[weight].type == schema.TensorType.INT4 else 5
-        # Without keepNumDims the XNNPACK delegate reshapes x to [-1, in], which copies it even with two axes.
-        return self.add("FULLY_CONNECTED", [x, weight, -1], out, version=version, keepNumDims=True)
+        keep = len(rows) != 1
+        return self.add("FULLY_CONNECTED", [x, weight, -1], out, version=version, keepNumDims=keep)
 
     def embedding_lookup(self, ids: int, table: int, out: Out | None = None) -> int:
         """Rows of an INT4 table [V, D], as float32: ids [n] to [n, D]."""
