@@ -189,7 +189,7 @@ def table(result: dict[str, Any]) -> str:
         if not key.startswith("tokens_"):
             continue
         tokens = int(key.removeprefix("tokens_"))
-        tiles = tiling(tokens, result["shape"]["K"], result["shape"]["E"]) if tokens > 1 else (1,)
+        tiles = tiling(tokens, result["shape"]["K"], result["shape"]["E"])
         lines.append(f"{tokens} tokens; rows of an expert's tiles on stock ops: {', '.join(map(str, tiles))}")
         lines += [
             f"  {name:9}median {r['median_us']:9,.0f} us = {r['median_ratio']:5.2f}x dense, least "

@@ -174,7 +174,7 @@ def test_only_experts_with_tokens_are_entered(tmp_path, tokens):
     g = model.graphs[[g.t.name for g in model.graphs].index("layer")]
     code = model.opcode("IF")
     conditions = [int(op.inputs[0]) for op in g.ops if op.opcodeIndex == code]
-    rows = tiling(tokens, 2, 16) if tokens > 1 else (1,)
+    rows = tiling(tokens, 2, 16)
     tiles = len(rows)
     assert len(conditions) == 16 * tiles + (tokens > 1)  # and one for what is left of overfull experts
     conditions = conditions[: 16 * tiles]

@@ -1,4 +1,4 @@
-// What each path of a processor has its own build of: products, rows (rounding, gate, sums, rotation, routing), attention.
+// What each path has its own build of: products, rows (rounding, gate, sums, rotation, routing) and attention.
 #pragma once
 
 #include <cstddef>

@@ -17,12 +17,14 @@ class Pool {
 
   static Pool& instance();
 
-  // Calls work(item, slot) for every item below `items`, on at most `threads` threads including the
-  // caller's; `slot` < threads tells them apart. Each slot starts with its own run of items, so that it reads memory
-  // in order, and then helps out with the others'. A thread that wakes too late is not waited for.
+  // Calls work(item, slot) for every item below `items`, on at most `threads` threads including the caller's; `slot`
+  // < threads tells them apart. Each slot starts with its own run of items, so that it reads memory in order, and
+  // then helps out with the others'. A thread that wakes too late is not waited for.
   template <typename Work>
   void run(int items, int threads, const Work& work) {
-    const Call call = [](const void* context, int item, int slot) { (*static_cast<const Work*>(context))(item, slot); };
+    const Call call = [](const void* context, int item, int slot) {
+      (*static_cast<const Work*>(context))(item, slot);
+    };
     run(items, threads, call, &work);
   }
 
