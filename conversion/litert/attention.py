@@ -107,10 +107,8 @@ class Attention:
                 leaf.outputs = [attend(leaf, given, n) if n else y]
                 self._leaves.append(leaf)
         *leaves, skip = self._leaves
-        y = inputs[0]  # of the right shape; one of the levels is chosen
-        for chosen, leaf in zip(self._chosen, leaves, strict=True):
-            y = self._g.branch(chosen, [y, *inputs], leaf, skip, out if leaf is leaves[-1] else kinds[0])
-        return y
+        start = inputs[0]  # of the right shape; one of the levels is chosen
+        return self._g.chain(self._chosen, leaves, skip, [start, *inputs], out)
 
     def _fork(self, g: Graph, used: int, lengths: Sequence[int], kinds: Sequence[Kind]) -> tuple[int, Graph, Graph]:
         """Append whether the first half of `lengths` will do, and make the subgraphs of both halves: a tree.

@@ -19,11 +19,12 @@ from conversion.litert.flatbuffer import Graph, Kind, Model, Stored
 
 F32, I32, BOOL = "float32", "int32", "bool"
 Bank = Int4 | Sequence[Stored]  # one matrix of each expert, at hand or in the file already
-# XNNPACK's AVX-512 kernel takes 14 rows at once: 2 rows cost what 14 do, 16 cost twice as much, and 1 row,
-# which has its own kernel, half. Chosen on x86; Arm was not measured.
-_TILES = (4, 8, 14)
+# Rows of a small tile. XNNPACK's kernels take 4 rows at once on Arm (gemm-config.c) and 8 with AVX-512 on AMD:
+# 2 rows cost what 8 do, 9 twice as much, and 1 row, which has its own kernel, a fifth. Only Intel's AVX-512 with
+# GFNI takes 14 and would be faster with tiles of 14, which 128 tokens paid for with 1.27 times the time on AMD.
+_ROWS = 8
 _FEW = 2.5  # mean rows of an expert up to which single rows beat tiles
-_MANY = 4  # tiles of an expert above which the first of them is larger
+_MANY = 8  # tiles of an expert above which a larger one comes first
 
 
 class Experts:
@@ -40,7 +41,6 @@ class Experts:
         self.width = self._weights[0][1].shape[0]
         self._leaves: dict[int, list[Graph]] = {}
         self._skips: dict[int, Graph] = {}
-        self._groups: dict[int, list[Graph]] = {}
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -50,65 +50,55 @@ class Experts:
         g = self.model.graph(f"{self.name}/{name}")
         return g, [g.input(*i) for i in inputs]
 
-    def add_if(self, g: Graph, cond: int, e: int, total: int, x: int, scales: int, out: int | None = None) -> int:
-        """Append: total + scales[e] * expert e(x) if `cond` [] holds, else total; x [1, D], scales [E, 1]."""
-        leaf, skip = self._branches(1, e)
-        return g.branch(cond, [total, x, scales], leaf, skip, g.like(x) if out is None else out)
+    def add_chosen(self, g: Graph, chosen: Sequence[int], total: int, x: int, scales: int, out: int | None) -> int:
+        """Append: total + sum of scales[e] * expert e(x) over the chosen[e]; x [1, D], scales [E, 1]."""
+        leaves, skip = self._branches(1, g.like(x))
+        return g.chain(chosen, leaves, skip, [total, x, scales], g.like(x) if out is None else out)
 
-    def set_if(self, g: Graph, cond: int, e: int, total: int, x: int) -> int:
-        """Append: expert e(x) if `cond` [] holds, else total; x [C, D]."""
-        leaf, skip = self._branches(g.shape(x)[0], e)
-        ones = [g.const(np.ones((len(self), 1), np.float32))] if g.shape(x)[0] == 1 else []
-        return g.branch(cond, [total, x, *ones], leaf, skip, g.like(x))
+    def set_if(self, g: Graph, cond: int, e: int, total: int, x: int, rows: int) -> int:
+        """Append: expert e(x[rows]) if `cond` [] holds, else total [C, D]; x [T, D], rows int32 [C]."""
+        leaves, skip = self._branches(g.shape(rows)[0], g.like(x))
+        return g.branch(cond, [total, *self._inputs(g, x, rows)], leaves[e], skip, g.like(total))
 
-    def run(self, g: Graph, e: int, x: int) -> int:
-        """Append: expert(x) for an id [] known at run time; x [C, D].
+    def run(self, g: Graph, e: int, x: int, rows: int) -> int:
+        """Append: expert(x[rows]) for an id [] known at run time; x [T, D], rows int32 [C].
 
-        An IF per group of experts, then one per expert of the group. A binary tree was no faster (0.2 ms a
-        tile of 14 rows at E=60, D=768, either way): entering a branch prepares all IFs inside it anew.
+        No tree: entering a branch prepares all IFs inside it anew.
         """
-        size = math.isqrt(len(self) - 1) + 1
-        number = g.add("FLOOR_DIV", [e, g.const(np.int32(size))], ((), I32))
-        rows, row = g.shape(x)[0], g.like(x)
-        if rows not in self._groups:
-            self._groups[rows] = [self._group(row, i, size) for i in range(0, len(self), size)]
-            none, (_, total, _) = self.graph(f"no_group_x{rows}", ((), I32), row, row)
-            none.outputs = [total]
-            self._groups[rows].append(none)
-        *groups, skip = self._groups[rows]
-        y = g.const(np.zeros(row[0], np.float32))
-        for i, group in enumerate(groups):
-            mine = g.add("EQUAL", [number, g.const(np.int32(i))], ((), BOOL))
-            y = g.branch(mine, [e, y, x], group, skip, row)
-        return y
+        ids = g.const(np.arange(len(self), dtype=np.int32))
+        chosen = _unpack(g, g.add("EQUAL", [e, ids], ((len(self),), BOOL)))
+        zeros = g.const(np.zeros((*g.shape(rows), self.width), np.float32))
+        leaves, skip = self._branches(g.shape(rows)[0], g.like(x))
+        return g.chain(chosen, leaves, skip, [zeros, *self._inputs(g, x, rows)], g.like(zeros))
 
-    def _group(self, row: Kind, start: int, size: int) -> Graph:
-        name = f"from_{start}_x{row[0][0]}"
-        g, (e, y, x) = self.graph(name, ((), I32), row, row)
-        for i in range(start, min(start + size, len(self))):
-            y = self.set_if(g, g.add("EQUAL", [e, g.const(np.int32(i))], ((), BOOL)), i, y, x)
-        g.outputs = [y]
-        return g
+    def _inputs(self, g: Graph, x: int, rows: int) -> list[int]:
+        """What a branch is given of x[rows], beside the total."""
+        if g.shape(rows) == (1,):
+            return [_take(g, x, rows), g.const(np.ones((len(self), 1), np.float32))]
+        return [x, rows]
 
-    def _branches(self, rows: int, e: int) -> tuple[Graph, Graph]:
-        """The subgraphs that an IF on expert e takes and skips to."""
+    def _branches(self, rows: int, x: Kind) -> tuple[Sequence[Graph], Graph]:
+        """The subgraphs that an IF on each expert takes, and the one that it skips to, for a tile of `rows`.
+
+        Single rows add up in decode's chain, and find their scale themselves: 60 tensors of one scale each would
+        cost 12 us a token. Prefill weighs its tiles where it combines them, and a branch takes its rows of x
+        itself, since not all tiles are in use. `x` is what the first call's looks like; the runtime gives a
+        branch the shapes of its caller.
+        """
         if rows not in self._leaves:
             row = ((rows, self.width), F32)
-            # Single rows add up in decode's chain, and find their scale themselves: 60 tensors of one scale
-            # each would cost 12 us a token. Prefill weighs its tiles where it combines them.
-            inputs = (row, row, ((len(self), 1), F32)) if rows == 1 else (row, row)
+            inputs = (row, row, ((len(self), 1), F32)) if rows == 1 else (row, x, ((rows,), I32))
             leaves = [self.graph(f"{i}_x{rows}", *inputs) for i in range(len(self))]
-            for i, (g, (total, x, *scales)) in enumerate(leaves):
-                y = feed_forward(g, x, self._weights[i], self.activation)
-                if scales:
-                    one = ((1, 1), F32)
-                    scale = g.add("SLICE", [*scales, g.const([i, 0]), g.const([1, 1])], one)
+            for i, (g, (total, x_, last)) in enumerate(leaves):
+                y = feed_forward(g, x_ if rows == 1 else _take(g, x_, last), self._weights[i], self.activation)
+                if rows == 1:
+                    scale = g.add("SLICE", [last, g.const([i, 0]), g.const([1, 1])], ((1, 1), F32))
                     y = g.add("ADD", [total, g.add("MUL", [y, scale], row)], row)
                 g.outputs = [y]
             self._leaves[rows] = [g for g, _ in leaves]
             self._skips[rows], (total, *_) = self.graph(f"skip_x{rows}", *inputs)
             self._skips[rows].outputs = [total]
-        return self._leaves[rows][e], self._skips[rows]
+        return self._leaves[rows], self._skips[rows]
 
 
 def _one(model: Model, bank: Bank, e: int) -> Stored:
@@ -158,27 +148,23 @@ def expand_decode(g: Graph, experts: Experts, x: int, ids: int, weights: int, ou
     scales = g.add("SUM", [spread, g.const([0])], ((n,), F32))
     chosen = _unpack(g, g.add("NOT_EQUAL", [scales, off], ((n,), BOOL)))
     scales = _reshape(g, scales, n, 1)
-    y = g.const(np.zeros((1, experts.width), np.float32))
-    for e in range(n):
-        last = out if e + 1 == n else None
-        y = experts.add_if(g, chosen[e], e, y, x, scales, last)
-    return y
+    return experts.add_chosen(g, chosen, g.const(np.zeros((1, experts.width), np.float32)), x, scales, out)
 
 
 def tiling(tokens: int, choices: int, experts: int) -> tuple[int, ...]:
     """Rows of the tiles that every expert has before it counts as overfull, in the order in which they fill.
 
-    Together they leave about 1.8 standard deviations of a uniform routing above the mean load. Each other number
-    of rows is one more subgraph of every expert, a third more at size S: 28 beside 14 made 512 tokens faster only
-    where a few experts have most of them (by 8 %).
+    Together they leave 4.5 standard deviations of a uniform routing above the mean load, since routing is not: a
+    tile that is not in use costs 2 us, the loop for the overfull 0.5 ms and one of its tiles 0.1. Of very many, a
+    larger tile takes the mean, as far as it makes an even number of kernels' rows, since two threads share it. Each
+    number of rows is one more subgraph of every expert, 60 KB of memory: 32 for 512 tokens were no faster than 8.
     """
     mean = tokens * choices / experts
-    need = min(mean + 1.8 * math.sqrt(mean), tokens)
+    need = min(mean + 4.5 * math.sqrt(mean), tokens)
     if mean <= _FEW:
         return (1,) * math.ceil(need)
-    rows = min((c for c in _TILES if c >= need), default=_TILES[-1])
-    tiles = math.ceil(need / rows)
-    return (rows,) * tiles if tiles <= _MANY else (rows * (tiles - 2), rows, rows)
+    large = int(mean) // (2 * _ROWS) * 2 * _ROWS if need > _MANY * _ROWS else 0
+    return (large,) * (large > 0) + (_ROWS,) * math.ceil((need - large) / _ROWS)
 
 
 def expand_prefill(g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None) -> int:
@@ -220,8 +206,7 @@ def expand_prefill(g: Graph, experts: Experts, x: int, ids: int, weights: int, o
     done = []
     for e in range(n):
         for j, tile in enumerate(_split(g, at[e], rows)):
-            tile = _take(g, x, tile)
-            done.append(experts.set_if(g, used[e * tiles + j], e, zeros[rows[j]], tile))
+            done.append(experts.set_if(g, used[e * tiles + j], e, zeros[rows[j]], x, tile))
 
     # Combine: every pair fetches its row; one past the capacity fetches the row of zeros at the end.
     done.append(g.const(np.zeros((1, width), np.float32)))
@@ -244,7 +229,7 @@ def expand_prefill(g: Graph, experts: Experts, x: int, ids: int, weights: int, o
         y = g.add("ADD", [y, term], like_y if last is None else last)
     if never_overfull:
         return y
-    return _add_rest(g, experts, (y, x, token, scale, first, beyond), (rows[0], capacity), out)
+    return _add_rest(g, experts, (y, x, token, scale, first, beyond), (max(rows[0], _ROWS), capacity), out)
 
 
 def _add_rest(g: Graph, experts: Experts, state: Sequence[int], tile: tuple[int, int], out: int | None) -> int:
@@ -292,7 +277,7 @@ def _rest_tile(experts: Experts, kinds: Sequence[Kind], rows: int) -> int:
     at = b.add("MINIMUM", [at, b.const(np.int32(size - 1))], ((rows,), I32))
     at_token, at_scale = _take(b, token, at), _take(b, scale, at)
     at_scale = b.add("MUL", [at_scale, inside], ((rows,), F32))  # padding adds nothing
-    value = experts.run(b, e, _take(b, x, at_token))
+    value = experts.run(b, e, x, at_token)
     value = b.add("MUL", [value, _reshape(b, at_scale, rows, 1)], b.like(value))
     where = _reshape(b, at_token, rows, 1)
     value = b.add("SCATTER_ND", [where, value, b.const(b.shape(y))], b.like(y))

@@ -201,20 +201,31 @@ def test_weights_lie_only_in_branches_and_once_in_the_file(tmp_path):
 
 
 def test_signatures_of_one_file_agree(tmp_path):
+    """Calls of other lengths enter the same branches in turn, which are given the inputs of their caller."""
     rng = np.random.default_rng(5)
-    model = model_of(bank_of(rng, 16), {"decode": 1, "prefill": 20}, 4)
-    x, ids, w = batch_of(rng, 20, 4, 16)
+    model = model_of(bank_of(rng, 16), {"decode": 1, "short": 20, "long": 60}, 4)
+    x, ids, w = batch_of(rng, 60, 4, 16)
     model.write(tmp_path / "m.tflite")
     interpreter = Interpreter(str(tmp_path / "m.tflite"), num_threads=2)
-    prefill, decode = (interpreter.get_signature_runner(n) for n in ("prefill", "decode"))
-    together = prefill(x=x, ids=ids, weights=w)["y"]
-    each = [decode(x=x[t : t + 1], ids=ids[t : t + 1], weights=w[t : t + 1])["y"] for t in range(20)]
-    np.testing.assert_allclose(together, np.concatenate(each), rtol=1e-4, atol=1e-3)
+    decode, short, long = (interpreter.get_signature_runner(n) for n in ("decode", "short", "long"))
+    parts = [slice(t, t + 20) for t in range(0, 60, 20)]
+    each = np.concatenate(
+        [decode(x=x[t : t + 1], ids=ids[t : t + 1], weights=w[t : t + 1])["y"] for t in range(60)]
+    )
+    for _ in range(2):
+        np.testing.assert_allclose(long(x=x, ids=ids, weights=w)["y"], each, rtol=1e-4, atol=1e-3)
+        for part in parts:
+            y = short(x=x[part], ids=ids[part], weights=w[part])["y"]
+            np.testing.assert_allclose(y, each[part], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128, 256, 512, 1024])
-def test_tiles_are_about_as_many_rows_as_are_routed(tokens):
-    assert tokens * 4 <= 60 * sum(tiling(tokens, 4, 60)) <= max(3 * tokens * 4, 120)
+@given(st.integers(2, 4096), st.integers(1, 8), st.integers(8, 128))
+def test_tiles_hold_what_most_experts_get_and_hardly_more(tokens, choices, experts):
+    rows = tiling(tokens, choices, experts)
+    mean = tokens * choices / experts
+    most = min(mean + 4.5 * mean**0.5, tokens)
+    assert most <= sum(rows) < most + min(rows)
+    assert list(rows[1:]) == [rows[-1]] * len(rows[1:])  # beside the first, experts need one more subgraph at most
 
 
 def test_an_unknown_activation_is_refused():

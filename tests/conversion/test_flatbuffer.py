@@ -53,6 +53,37 @@ def test_the_runtime_multiplies_by_the_stored_weights(tmp_path, behind_root, gro
     np.testing.assert_allclose(run(tmp_path / "m.tflite", x=x), x @ weight.dequantize().T, rtol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_chain_hands_its_value_through_the_branches_that_are_taken(tmp_path, count):
+    """Its two tensors are written again and again; what a delegate does before and after sees one value each."""
+    model = Model()
+    g = model.graph("main")
+    x, flags = g.input((1, 64), "float32", "x"), g.input((count,), "bool", "flags")
+    row, conds = g.like(x), g.add("UNPACK", [flags], *[((), "bool")] * count, num=count, axis=0)
+    branches = []
+    for i in range(count):
+        branch = model.graph(f"branch_{i}")
+        total, step = branch.input(*row), branch.input(*row)
+        double = branch.add("ADD", [total, total], row)
+        branch.outputs = [
+            branch.add("ADD", [double, branch.add("MUL", [step, branch.const(np.float32(i))], row)], row)
+        ]
+        branches.append(branch)
+    skip = model.graph("skip")
+    skip.outputs = [skip.input(*row), skip.input(*row)][:1]
+    start = g.add("ADD", [x, x], row)
+    end = g.chain(conds if count > 1 else [conds], branches, skip, [start, x], row)
+    g.outputs = [g.add("MUL", [end, start], row)]
+    model.signature("run", g, {"x": x, "flags": flags}, {"y": g.outputs[0]})
+    model.write(tmp_path / "m.tflite")
+    x = np.arange(64, dtype=np.float32)[None]
+    for taken in np.ndindex((2,) * count):
+        value = 2 * x
+        for i in np.flatnonzero(taken):
+            value = 2 * value + i * x
+        assert np.array_equal(run(tmp_path / "m.tflite", x=x, flags=np.array(taken, bool)), value * 2 * x)
+
+
 def test_an_int4_lookup_returns_the_stored_rows(tmp_path):
     table, model = int4(2, 100, 64), Model()
     g = model.graph("main")
