@@ -110,9 +110,8 @@ class Composed:
         logits = self.router(h, name)
         scores = torch.sigmoid(logits) if moe.score_func == "sigmoid" else logits.softmax(dim=-1)
         ids = torch_ops.top_k(scores + bias if moe.use_expert_bias else scores, moe.num_experts_per_tok)
-        # One-hot instead of gather: exact (one term is not zero) and made of ops that delegates take.
-        chosen = (ids[:, :, None] == torch.arange(moe.num_experts, dtype=torch.int32)).float()
-        weights = (chosen * scores[:, None, :]).sum(dim=-1)
+        tokens = torch.arange(len(ids), dtype=torch.int32)[:, None]
+        weights = torch_ops.rows(scores.reshape(-1), ids + moe.num_experts * tokens)
         if moe.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return ids, weights * moe.routed_scaling_factor

@@ -27,7 +27,7 @@ def _(scores: Tensor, k: int) -> Tensor:
 
 @torch.library.custom_op("moe_jax::rows", mutates_args=())
 def rows(table: Tensor, indices: Tensor) -> Tensor:
-    """GATHER of rows [S, H] of a constant table at int32 indices [S] that are never negative."""
+    """GATHER of rows of a table [V, ...] at int32 indices that are never negative."""
     return table[indices.long()]
 
 

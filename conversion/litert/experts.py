@@ -141,13 +141,9 @@ def expand_decode(g: Graph, experts: Experts, x: int, ids: int, weights: int, ou
     were no faster, because entering a branch makes the runtime prepare the branch's own IFs anew.
     """
     n, k = len(experts), g.shape(ids)[1]
-    ids = _reshape(g, ids, k)
-    on, off = g.const(np.float32(1)), g.const(np.float32(0))
-    chosen = g.add("ONE_HOT", [ids, g.const(np.int32(n)), on, off], ((k, n), F32), axis=-1)
-    spread = g.add("MUL", [chosen, _reshape(g, weights, k, 1)], ((k, n), F32))
-    scales = g.add("SUM", [spread, g.const([0])], ((n,), F32))
-    chosen = _unpack(g, g.add("NOT_EQUAL", [scales, off], ((n,), BOOL)))
-    scales = _reshape(g, scales, n, 1)
+    where, shares = (_reshape(g, tensor, k, 1) for tensor in (ids, weights))
+    scales = g.add("SCATTER_ND", [where, shares, g.const([n, 1])], ((n, 1), F32))  # sums up what meets
+    chosen = _unpack(g, g.add("NOT_EQUAL", [scales, g.const(np.float32(0))], ((n, 1), BOOL)))
     return experts.add_chosen(g, chosen, g.const(np.zeros((1, experts.width), np.float32)), x, scales, out)
 
 
