@@ -23,8 +23,8 @@ Bank = Int4 | Sequence[Stored]  # one matrix of each expert, at hand or in the f
 # 2 rows cost what 8 do, 9 twice as much, and 1 row, which has its own kernel, a fifth. Only Intel's AVX-512 with
 # GFNI takes 14 and would be faster with tiles of 14, which 128 tokens paid for with 1.27 times the time on AMD.
 _ROWS = 8
-_FEW = 2.5  # mean rows of an expert up to which single rows beat tiles
 _REST = 32  # rows of a tile for what is left of overfull experts
+_FEW = 2.5  # mean rows of an expert up to which single rows beat tiles
 _MANY = 8  # tiles of an expert above which a larger one comes first
 
 
@@ -243,7 +243,8 @@ def expand_prefill(g: Graph, experts: Experts, x: int, ids: int, weights: int, o
         y = g.add("ADD", [y, term], like_y if last is None else last)
     if never_overfull:
         return y
-    return _add_rest(g, experts, (y, x, token, scale, first, beyond), (_REST if tokens > _REST else _ROWS, capacity), out)
+    rest = _REST if tokens > _REST else _ROWS
+    return _add_rest(g, experts, (y, x, token, scale, first, beyond), (rest, capacity), out)
 
 
 def _add_rest(g: Graph, experts: Experts, state: Sequence[int], tile: tuple[int, int], out: int | None) -> int:
