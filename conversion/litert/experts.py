@@ -20,8 +20,8 @@ from conversion.litert.flatbuffer import Graph, Kind, Model, Stored
 F32, I32, BOOL = "float32", "int32", "bool"
 Bank = Int4 | Sequence[Stored]  # one matrix of each expert, at hand or in the file already
 # Rows of a small tile. XNNPACK's kernels take 4 rows at once on Arm (gemm-config.c) and 8 with AVX-512 on AMD:
-# 2 rows cost what 8 do, 9 twice as much, and 1 row, which has its own kernel, a fifth. Only Intel's AVX-512 with
-# GFNI takes 14 and would be faster with tiles of 14, which 128 tokens paid for with 1.27 times the time on AMD.
+# 2 rows cost what 8 do, 9 twice as much, and 1 row, which has its own kernel, a fifth. Intel's AVX-512 with GFNI
+# takes 14 and would be faster with tiles of 14; AMD took 1.2 times as long with them for 128 tokens of one layer.
 _ROWS = 8
 _REST = 32  # rows of a tile for what is left of overfull experts
 _FEW = 2.5  # mean rows of an expert up to which single rows beat tiles
@@ -40,8 +40,7 @@ class Experts:
         # One expert's weights lie side by side in the file: one that nobody asks for is never read.
         self._weights = [(_one(model, gate_up, e), _one(model, down, e)) for e in range(count)]
         self.width = self._weights[0][1].shape[0]
-        self._leaves: dict[int, list[Graph]] = {}
-        self._skips: dict[int, Graph] = {}
+        self._leaves: dict[int, tuple[list[Graph], Graph]] = {}
         self._groups: dict[int, tuple[list[Graph], Graph]] = {}
 
     def __len__(self) -> int:
@@ -52,6 +51,12 @@ class Experts:
         g = self.model.graph(f"{self.name}/{name}")
         return g, [g.input(*i) for i in inputs]
 
+    def skip(self, name: str, kinds: Sequence[Kind]) -> Graph:
+        """A subgraph that gives its first input."""
+        g, inputs = self.graph(name, *kinds)
+        g.outputs = inputs[:1]
+        return g
+
     def add_chosen(self, g: Graph, chosen: Sequence[int], total: int, x: int, scales: int, out: int | None) -> int:
         """Append: total + sum of scales[e] * expert e(x) over the chosen[e]; x [1, D], scales [E, 1]."""
         leaves, skip = self._branches(1, g.like(x))
@@ -59,11 +64,13 @@ class Experts:
 
     def set_if(self, g: Graph, cond: int, e: int, total: int, x: int, rows: int) -> int:
         """Append: expert e(x[rows]) if `cond` [] holds, else total [C, D]; x [T, D], rows int32 [C]."""
-        leaves, skip = self._branches(g.shape(rows)[0], g.like(x))
-        return g.branch(cond, [total, *self._inputs(g, x, rows)], leaves[e], skip, g.like(total))
+        count = g.shape(rows)[0]
+        leaves, skip = self._branches(count, g.like(x))
+        inputs = [x, rows] if count > 1 else [_take(g, x, rows), g.const(np.ones((len(self), 1), np.float32))]
+        return g.branch(cond, [total, *inputs], leaves[e], skip, g.like(total))
 
     def run(self, g: Graph, e: int, x: int, rows: int) -> int:
-        """Append: expert(x[rows]) for an id [] known at run time; x [T, D], rows int32 [C].
+        """Append: expert(x[rows]) for an id [] known at run time; x [T, D], rows int32 [C], C > 1.
 
         An IF per group of experts, then one per expert of the group: 16 that hand a tile on, and not 60. A binary
         tree was no faster, because entering a branch prepares all IFs inside it anew.
@@ -71,11 +78,10 @@ class Experts:
         size = math.isqrt(len(self) - 1) + 1
         parts = [range(len(self))[i : i + size] for i in range(0, len(self), size)]
         zeros = g.const(np.zeros((*g.shape(rows), self.width), np.float32))
-        inputs = [zeros, e, *self._inputs(g, x, rows)]
+        inputs = [zeros, e, x, rows]
         kinds, count = [g.like(i) for i in inputs], g.shape(rows)[0]
         if count not in self._groups:
-            none, (total, *_) = self.graph(f"no_group_x{count}", *kinds)
-            none.outputs = [total]
+            none = self.skip(f"no_group_x{count}", kinds)
             self._groups[count] = [self._group(kinds, part) for part in parts], none
         groups, skip = self._groups[count]
         number = g.add("FLOOR_DIV", [e, g.const(np.int32(size))], ((), I32))
@@ -84,16 +90,10 @@ class Experts:
     def _group(self, kinds: Sequence[Kind], part: range) -> Graph:
         """A subgraph for a few experts, with the inputs of `run`."""
         count = kinds[0][0][0]
-        g, (total, e, *inputs) = self.graph(f"from_{part.start}_x{count}", *kinds)
-        leaves, skip = self._branches(count, g.like(inputs[0]))
-        g.outputs = [g.chain(_equal(g, e, part), leaves[part.start : part.stop], skip, [total, *inputs], kinds[0])]
+        g, (total, e, x, rows) = self.graph(f"from_{part.start}_x{count}", *kinds)
+        leaves, skip = self._branches(count, g.like(x))
+        g.outputs = [g.chain(_equal(g, e, part), leaves[part.start : part.stop], skip, [total, x, rows], kinds[0])]
         return g
-
-    def _inputs(self, g: Graph, x: int, rows: int) -> list[int]:
-        """What a branch is given of x[rows], beside the total."""
-        if g.shape(rows) == (1,):
-            return [_take(g, x, rows), g.const(np.ones((len(self), 1), np.float32))]
-        return [x, rows]
 
     def _branches(self, rows: int, x: Kind) -> tuple[Sequence[Graph], Graph]:
         """The subgraphs that an IF on each expert takes, and the one that it skips to, for a tile of `rows`.
@@ -113,10 +113,8 @@ class Experts:
                     scale = g.add("SLICE", [last, g.const([i, 0]), g.const([1, 1])], ((1, 1), F32))
                     y = g.add("ADD", [total, g.add("MUL", [y, scale], row)], row)
                 g.outputs = [y]
-            self._leaves[rows] = [g for g, _ in leaves]
-            self._skips[rows], (total, *_) = self.graph(f"skip_x{rows}", *inputs)
-            self._skips[rows].outputs = [total]
-        return self._leaves[rows], self._skips[rows]
+            self._leaves[rows] = [g for g, _ in leaves], self.skip(f"skip_x{rows}", inputs)
+        return self._leaves[rows]
 
 
 def _one(model: Model, bank: Bank, e: int) -> Stored:
@@ -155,7 +153,7 @@ def expand(g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int 
 def expand_decode(g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None) -> int:
     """`expand` for T = 1: a chain of E IFs that hands the sum on; only the chosen experts run.
 
-    An expert of weight 0 is not run. At E=60, K=4 an IF not taken costs 0.4 us; IFs over groups of experts
+    An expert of weight 0 is not run. At E=60, K=4 an IF not taken costs 0.2 us; IFs over groups of experts
     were no faster, because entering a branch makes the runtime prepare the branch's own IFs anew.
     """
     n, k = len(experts), g.shape(ids)[1]
@@ -257,8 +255,7 @@ def _add_rest(g: Graph, experts: Experts, state: Sequence[int], tile: tuple[int,
     most = g.add("REDUCE_MAX", [more, g.const([0])], ((), I32))
     cond = g.add("GREATER", [most, g.const(np.int32(0))], ((), BOOL))
     state = [*state, more]
-    skip, inputs = experts.graph("no_rest", *map(g.like, state))
-    skip.outputs = inputs[:1]
+    skip = experts.skip("no_rest", [*map(g.like, state)])
     rest, inputs = experts.graph("rest", *map(g.like, state))
     y, x, token, scale, first, beyond, more = inputs
     # Tile j of the loop starts at position base[e] + j*C, for the first expert e with j < ends[e].

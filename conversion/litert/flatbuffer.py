@@ -325,18 +325,19 @@ class Graph:
         return self.add("EMBEDDING_LOOKUP", [ids, table], out, version=4)
 
     def branch(self, cond: int, inputs: Sequence[int], then: "Graph", other: "Graph", out: Out) -> int:
-        """Run one of two subgraphs on `inputs`, which both take: the first if `cond` [] holds."""
+        """Run one of two subgraphs on `inputs`, which both take: the first if `cond`, [] or [1], holds."""
         options = {"thenSubgraphIndex": then.index, "elseSubgraphIndex": other.index}
         return self.add("IF", [cond, *inputs], out, **options)
 
     def chain(
         self, conds: Sequence[int], branches: Sequence["Graph"], skip: "Graph", inputs: Sequence[int], out: Out
     ) -> int:
-        """Hand the first of `inputs` through an IF for each of `conds`: its branch, or `skip`, gives the next's.
+        """Append an IF for each of `conds`, with the same `inputs` but for the first, the value so far.
 
-        All but the last write to the same two tensors in turn, which stay in the processor's cache. A tensor for
-        each of the 1,880 IFs in a token of size S took 0.4 ms of 9.6: the runtime looks at the shape of each
-        output, and weights have driven it out since the last token.
+        A branch, or where its cond does not hold `skip`, gives the next value, the last of them `out`. The others
+        are written to two tensors in turn, which nothing but the next IF may read. A tensor for each of the 1,880
+        IFs in a token of size S took 0.4 ms of 9.6: the runtime looks at the shape of each output, which weights
+        have driven out of the processor's cache since the last token.
         """
         value, *others = inputs
         kind = self.like(value)
