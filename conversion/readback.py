@@ -22,7 +22,7 @@ from ai_edge_litert import schema_py_generated as tflite
 from litert_lm_builder import litertlm_header_schema_py_generated as header
 from litert_lm_builder.runtime.proto import llm_metadata_pb2 as _pb2
 
-from conversion.kernel import EMBEDDING, EXPERTS, LINEAR
+from conversion.kernel import EMBEDDING, EXPERTS, LINEAR, MIXTURE, NAMES, SELF_ATTENTION
 from conversion.litert import container
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
@@ -170,34 +170,57 @@ def _banks(raw: memoryview) -> Iterator[_Weight]:
         for j in range(graph.OperatorsLength()):
             op = graph.Operators(j)
             kind = (model.OperatorCodes(op.OpcodeIndex()).CustomCode() or b"").decode()
-            if kind not in (EXPERTS, LINEAR, EMBEDDING):
+            if kind not in NAMES:
                 continue
-            tensor = graph.Tensors(op.Inputs(3 if kind == EXPERTS else 1))
-            options, name = bytes(op.CustomOptionsAsNumpy()), tensor.Name().decode()
-            key = name, tensor.Buffer(), options if kind == EXPERTS else b""
-            if key in seen:
-                continue
-            seen.add(key)
-            content = _content(raw, model, tensor)
+            options, name = bytes(op.CustomOptionsAsNumpy()), _name_of(graph, op, op.InputsLength() - 1)
             try:
-                read = _of_experts if kind == EXPERTS else _of_matrix
-                yield from read(name, content, options)
+                for place, shape in kernel_weights(kind, options):
+                    tensor = graph.Tensors(op.Inputs(place))
+                    name = _name_of(graph, op, place)
+                    if (key := (name, tensor.Buffer(), shape)) not in seen:
+                        seen.add(key)
+                        read = _of_matrix if len(shape) == 2 else _of_experts
+                        yield from read(name, _content(raw, model, tensor), shape)
             except (struct.error, ValueError) as error:
                 raise UserError(
                     f"{name} does not hold the weights that its op describes ({error}); export the bundle again"
                 ) from None
 
 
-def _of_matrix(name: str, content: np.ndarray, options: bytes) -> Iterator[_Weight]:
-    groups = content.view(_group(struct.unpack("<2I", options)[1]))
-    if len(groups) * _ROWS != struct.unpack("<2I", options)[0]:
+def _name_of(graph: Any, op: Any, place: int) -> str:
+    return graph.Tensors(op.Inputs(place)).Name().decode()
+
+
+def kernel_weights(kind: str, options: bytes) -> list[tuple[int, tuple[int, ...]]]:
+    """Which inputs of one of the kernel's ops are weights, with their shapes: [out, in], or E, D, F of experts.
+
+    Nothing for other ops; struct.error for options that are none of this op's.
+    """
+    if kind in (LINEAR, EMBEDDING):
+        return [(1, struct.unpack("<2I", options))]
+    if kind == EXPERTS:
+        count, _, width, hidden, _ = struct.unpack("<5I", options)
+        return [(3, (count, width, hidden))]
+    if kind == SELF_ATTENTION:
+        width, heads, groups, head = struct.unpack("<4I8x", options)
+        return [(2, ((heads + 2 * groups) * head, width)), (3, (width, heads * head))]
+    if kind == MIXTURE:
+        count, width, hidden, shared = struct.unpack("<I4x2I16xI4x", options)
+        banks: list[tuple[int, tuple[int, ...]]] = [(4, (count, width, hidden)), (5, (1, width, shared))]
+        return banks if shared else banks[:1]
+    return []
+
+
+def _of_matrix(name: str, content: np.ndarray, shape: tuple[int, ...]) -> Iterator[_Weight]:
+    groups = content.view(_group(shape[1]))
+    if len(groups) * _ROWS != shape[0]:
         raise ValueError(f"{len(groups)} groups of {_ROWS} rows")
     yield _unpacked(name.split("+"), None, groups)
 
 
-def _of_experts(name: str, content: np.ndarray, options: bytes) -> Iterator[_Weight]:
+def _of_experts(name: str, content: np.ndarray, shape: tuple[int, ...]) -> Iterator[_Weight]:
     """A name of several weights is that of a dense feed-forward: gate, up and down of the one expert."""
-    count, _, width, hidden, _ = struct.unpack("<5I", options)
+    count, width, hidden = shape
     groups = 2 * hidden // _ROWS, width // _ROWS
     expert = [("gate_up", _group(width), groups[0]), ("down", _group(hidden), groups[1])]
     for e, matrices in enumerate(content.view(expert).reshape(count)):

@@ -138,8 +138,8 @@ def config_of(bundle: str | Path) -> ModelConfig:
     """The shapes of a bundle's model, as far as its decode graph shows them."""
     from ai_edge_litert import schema_py_generated as schema
 
-    from conversion.kernel import EMBEDDING, EXPERTS, LINEAR
-    from conversion.readback import sections
+    from conversion.kernel import NAMES
+    from conversion.readback import kernel_weights, sections
 
     parts = sections(bundle)
     model: Any = schema.Model.GetRootAs(parts.tflite, 0)
@@ -155,15 +155,13 @@ def config_of(bundle: str | Path) -> ModelConfig:
         code = codes[op.OpcodeIndex()]
         if code.BuiltinCode() == schema.BuiltinOperator.TOPK_V2:
             choices = int(graph.Tensors(op.Outputs(0)).ShapeAsNumpy()[-1])
-        if (kernel := (code.CustomCode() or b"").decode()) in (LINEAR, EMBEDDING):
-            name = graph.Tensors(op.Inputs(1)).Name().decode()
-            shapes[name] = struct.unpack("<2I", op.CustomOptionsAsNumpy().tobytes())
-        elif kernel == EXPERTS:
-            count, chosen, outputs, inputs, _ = struct.unpack("<5I", op.CustomOptionsAsNumpy().tobytes())
-            if count > 1:
-                experts, choices, width = count, chosen, inputs
-            else:
-                shapes[graph.Tensors(op.Inputs(3)).Name().decode()] = outputs, inputs
+        if (kernel := (code.CustomCode() or b"").decode()) in NAMES:
+            options = op.CustomOptionsAsNumpy().tobytes()
+            for place, shape in kernel_weights(kernel, options):
+                if len(shape) == 3 and shape[0] > 1:
+                    (experts, _, width), (choices,) = shape, struct.unpack_from("<I", options, 4)
+                else:
+                    shapes[graph.Tensors(op.Inputs(place)).Name().decode()] = shape[-2:]
     for i in range(model.SubgraphsLength()):
         name = (model.Subgraphs(i).Name() or b"").decode()
         if "layers.0." in name and name.endswith("_x1") and "/" in name:

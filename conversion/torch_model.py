@@ -10,7 +10,7 @@ width, E experts, K experts per token, F expert width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -38,18 +38,8 @@ class Ops(Protocol):
         """x [..., D] through a gated feed-forward with these weights, [F, D] twice and [D, F]: x's shape."""
         ...
 
-    def route(self, h: Tensor, moe: MoEConfig, name: str, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Chosen experts int32 [T, K] and their weights [T, K] for h [T, D]; `name` is the router's weight [E, D].
-
-        The bias [E] only helps choose.
-        """
-        ...
-
-    def rotary(self, x: Tensor, turn: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
-        """x [B, S, heads, H], first divided by its root mean square if `epsilon` is not 0, turned by position.
-
-        cos and sin [S, 1, H] have each value twice, `turn` [H, H] takes adjacent pairs (a, b) to (-b, a).
-        """
+    def router(self, h: Tensor, name: str) -> Tensor:
+        """h [T, D] times the float32 weight [E, D], activations left alone: [T, E]."""
         ...
 
     def embedding(self, tokens: Tensor, name: str) -> Tensor:
@@ -64,6 +54,21 @@ class Ops(Protocol):
         """Softmax of q [B, G, N/G*S, H] times k [B, G, C, H] plus mask [1, 1, S, C], times v: q's shape.
 
         The rows of a group are its heads one after the other, S positions each.
+        """
+        ...
+
+    def self_attention(self, layer: int, x: Tensor, norm: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
+        """The first half of a layer: x [B, S, D] plus what it sees of the cache, after a norm of weight [D].
+
+        `around` is turn [H, H], which takes adjacent pairs (a, b) to (-b, a), cosines and sines [S, 1, H], which
+        have each value twice, and mask [1, 1, S, C].
+        """
+        ...
+
+    def mixture(self, layer: int, x: Tensor, norm: Tensor, bias: Tensor) -> Tensor:
+        """The second half of a layer with experts: x [B, S, D] plus what the chosen and the shared make of it.
+
+        `bias` [E] only helps choose.
         """
         ...
 
@@ -88,7 +93,7 @@ class StaticCache:
     """A cache of fixed length, written from `start` on (`start_of`); `k` and `v` hold the new state."""
 
     def __init__(self, k: list[Tensor], v: list[Tensor], start: Tensor):
-        self.k, self.v, self._start = list(k), list(v), start
+        self.k, self.v, self.start = list(k), list(v), start
 
     @staticmethod
     def start_of(positions: Tensor) -> Tensor:
@@ -97,16 +102,49 @@ class StaticCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new positions and return the whole cache."""
-        self.k[layer] = torch_ops.write(self.k[layer], k, self._start)
-        self.v[layer] = torch_ops.write(self.v[layer], v, self._start)
+        self.k[layer] = torch_ops.write(self.k[layer], k, self.start)
+        self.v[layer] = torch_ops.write(self.v[layer], v, self.start)
         return self.k[layer], self.v[layer]
 
 
-class Composed:
+class Composed(Ops):
     """The primitives that are made of ordinary tensor functions and a few others."""
 
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+
+    def self_attention(self, layer: int, x: Tensor, norm: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
+        """See `Ops.self_attention`."""
+        c, (turn, cos, sin, mask), name = self.config, around, f"model.layers.{layer}.self_attn"
+        n, g, width = c.num_heads, c.num_kv_heads, c.head_dim
+        batch, length, _ = x.shape
+        qkv = self.linear(normed(x, norm, c.norm_eps), tuple(f"{name}.{part}_proj" for part in "qkv"))
+        qkv = qkv.reshape(batch, length, n + 2 * g, width)
+        qk, v = qkv[:, :, : n + g], qkv[:, :, n + g :]
+        qk = qk * inverse_rms(qk, c.norm_eps) if c.qk_norm else qk
+        qk = qk * cos + (qk @ turn) * sin
+        q = (qk[:, :, :n] * width**-0.5).transpose(1, 2)
+        k, v = cache.update(layer, qk[:, :, n:].transpose(1, 2), v.transpose(1, 2))
+        q = q.reshape(batch, g, n // g * length, width)  # query heads of one group become rows of one product
+        out = self.attention(q, k, v, mask, name).reshape(batch, n, length, width).transpose(1, 2)
+        return x + self.linear(out.reshape(batch, length, n * width), (f"{name}.o_proj",))
+
+    def mixture(self, layer: int, x: Tensor, norm: Tensor, bias: Tensor) -> Tensor:
+        """See `Ops.mixture`."""
+        moe, name = cast(MoEConfig, self.config.moe), f"model.layers.{layer}.feed_forward"
+        x_normed = normed(x, norm, self.config.norm_eps)
+        h = x_normed.reshape(-1, self.config.d_model)
+        ids, weights = self.route(h, moe, f"{name}.router.weight", bias)
+        y = self.experts(h, ids, weights, f"{name}.experts").reshape(x.shape)
+        if moe.shared_expert_width:
+            y = y + self.feed_forward(x_normed, *swiglu(f"{name}.shared_expert"))
+        return x + y
+
     def route(self, h: Tensor, moe: MoEConfig, name: str, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Ops.route`."""
+        """Chosen experts int32 [T, K] and their weights [T, K] for h [T, D]; `name` is the router's weight [E, D].
+
+        The bias [E] only helps choose.
+        """
         logits = self.router(h, name)
         scores = torch.sigmoid(logits) if moe.score_func == "sigmoid" else logits.softmax(dim=-1)
         ids = torch_ops.top_k(scores + bias if moe.use_expert_bias else scores, moe.num_experts_per_tok)
@@ -115,15 +153,6 @@ class Composed:
         if moe.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return ids, weights * moe.routed_scaling_factor
-
-    def rotary(self, x: Tensor, turn: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
-        """See `Ops.rotary`."""
-        x = x * inverse_rms(x, epsilon) if epsilon else x
-        return x * cos + (x @ turn) * sin
-
-    def router(self, h: Tensor, name: str) -> Tensor:
-        """h [T, D] times the float32 weight [E, D], activations left alone: [T, E]."""
-        raise NotImplementedError
 
 
 class Reference(Composed):
@@ -134,6 +163,7 @@ class Reference(Composed):
     """
 
     def __init__(self, weights: Weights, int8_activations: bool = True):
+        super().__init__(weights.config)
         self._weights = weights
         self._int8 = int8_activations
         self._dense: dict[tuple[str, ...], Tensor] = {}
@@ -147,7 +177,7 @@ class Reference(Composed):
         return self.linear(gated(self.linear(x, gate_up), self._weights.config.activation), (down,))
 
     def router(self, h: Tensor, name: str) -> Tensor:
-        """See `Composed.router`."""
+        """See `Ops.router`."""
         return h @ torch.from_numpy(self._weights.float(name)).T
 
     def embedding(self, tokens: Tensor, name: str) -> Tensor:
@@ -191,6 +221,16 @@ class Reference(Composed):
 def inverse_rms(x: Tensor, epsilon: float) -> Tensor:
     """One over the root mean square of the last axis, which stays with length 1."""
     return torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + epsilon)
+
+
+def normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x [..., D] over its root mean square, times `weight` [D]."""
+    return x * inverse_rms(x, epsilon) * weight
+
+
+def swiglu(name: str) -> tuple[tuple[str, str], str]:
+    """The weights of a gated feed-forward: gate and up, and down."""
+    return (f"{name}.gate_proj", f"{name}.up_proj"), f"{name}.down_proj"
 
 
 def gated(gate_up: Tensor, activation: str) -> Tensor:
@@ -237,53 +277,26 @@ class Decoder(nn.Module):
 
     def layer(self, layer: int, x: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
         """The state [B, S, D] after one layer; `around` is cosines, sines and mask."""
-        h = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")
-        x = x + self._attention(layer, h, *around, cache=cache)
-        h = self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")
-        return x + self._feed_forward(f"model.layers.{layer}.feed_forward", h)
+        name, moe = f"model.layers.{layer}", self.config.moe
+        first, second = (self._float(f"{name}.{part}_layernorm.weight") for part in ("input", "post_attention"))
+        x = self.ops.self_attention(layer, x, first, (self.turn, *around), cache)
+        if moe is None:
+            h = normed(x, second, self.config.norm_eps)
+            return x + self.ops.feed_forward(h, *swiglu(f"{name}.feed_forward"))
+        return self.ops.mixture(layer, x, second, self.expert_bias(layer, moe))
 
     def final(self, x: Tensor) -> Tensor:
         """The normed state that the head takes."""
-        return self._norm(x, "model.norm.weight")
+        return normed(x, self._float("model.norm.weight"), self.config.norm_eps)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits [..., V] of normed states [..., D]: the embedding again."""
         return self.ops.linear(x, (EMBEDDING,))
 
-    def _attention(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        c, name = self.config, f"model.layers.{layer}.self_attn"
-        n, g, width = c.num_heads, c.num_kv_heads, c.head_dim
-        batch, length, _ = x.shape
-        qkv = self.ops.linear(x, tuple(f"{name}.{part}_proj" for part in "qkv"))
-        qkv = qkv.reshape(batch, length, n + 2 * g, width)
-        qk, v = qkv[:, :, : n + g], qkv[:, :, n + g :]
-        qk = self.ops.rotary(qk, self.turn, cos, sin, c.norm_eps if c.qk_norm else 0.0)
-        q = (qk[:, :, :n] * width**-0.5).transpose(1, 2)
-        k, v = cache.update(layer, qk[:, :, n:].transpose(1, 2), v.transpose(1, 2))
-        q = q.reshape(batch, g, n // g * length, width)  # query heads of one group become rows of one product
-        out = self.ops.attention(q, k, v, mask, name).reshape(batch, n, length, width).transpose(1, 2)
-        return self.ops.linear(out.reshape(batch, length, n * width), (f"{name}.o_proj",))
-
-    def _feed_forward(self, name: str, x: Tensor) -> Tensor:
-        if self.config.moe is None:
-            return self._swiglu(name, x)
-        h = x.reshape(-1, self.config.d_model)
-        ids, weights = self.route(name, h, self.config.moe)
-        y = self.ops.experts(h, ids, weights, f"{name}.experts").reshape(x.shape)
-        if self.config.moe.shared_expert_width:
-            y = y + self._swiglu(f"{name}.shared_expert", x)
-        return y
-
-    def route(self, name: str, h: Tensor, moe: MoEConfig) -> tuple[Tensor, Tensor]:
-        """Chosen experts int32 [T, K] and their weights [T, K] for h [T, D] in the layer's feed-forward `name`."""
-        bias = self._float(f"{name}.expert_bias") if moe.use_expert_bias else torch.zeros(moe.num_experts)
-        return self.ops.route(h, moe, f"{name}.router.weight", bias)
-
-    def _swiglu(self, name: str, x: Tensor) -> Tensor:
-        return self.ops.feed_forward(x, (f"{name}.gate_proj", f"{name}.up_proj"), f"{name}.down_proj")
-
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        return x * inverse_rms(x, self.config.norm_eps) * self._float(name)
+    def expert_bias(self, layer: int, moe: MoEConfig) -> Tensor:
+        """What is added to scores [E] where experts are chosen."""
+        name = f"model.layers.{layer}.feed_forward.expert_bias"
+        return self._float(name) if moe.use_expert_bias else torch.zeros(moe.num_experts)
 
     def _float(self, name: str) -> Tensor:
         raise NotImplementedError

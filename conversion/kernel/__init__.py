@@ -1,7 +1,6 @@
-"""The optional kernel for INT4 products, routed experts and attention: C++ in src/, built at first use."""
+"""The optional kernel for INT4 products, routed experts and a token's layers: C++ in src/, built at first use."""
 
 # Of its ops.
-EXPERTS, LINEAR = "moe_jax.routed_experts", "moe_jax.linear"
-EMBEDDING, ATTENTION = "moe_jax.embedding", "moe_jax.attention"
-ROTARY, ROUTE = "moe_jax.rotary", "moe_jax.route"
-NAMES = (EXPERTS, LINEAR, EMBEDDING, ATTENTION, ROTARY, ROUTE)
+EXPERTS, LINEAR, EMBEDDING = "moe_jax.routed_experts", "moe_jax.linear", "moe_jax.embedding"
+SELF_ATTENTION, MIXTURE = "moe_jax.self_attention", "moe_jax.mixture"
+NAMES = (EXPERTS, LINEAR, EMBEDDING, SELF_ATTENTION, MIXTURE)

@@ -7,7 +7,7 @@ options (names of weights among them), its inputs, and the tensors that its resu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from conversion import litert
 from conversion.litert import bank, kernel_op, markers
@@ -16,6 +16,8 @@ from conversion.litert.content import Content, Names
 from conversion.litert.dense import DenseExperts
 from conversion.litert.experts import Experts, expand, gated
 from conversion.litert.flatbuffer import Graph
+from conversion.torch_model import swiglu
+from moe_jax.config import MoEConfig
 
 Options = dict[str, Any]
 
@@ -104,37 +106,37 @@ class Kernel(Stock):
         """See `Stock.feed_forward`."""
         *gate_up, down = options["names"]
         if all(self._fits(names) for names in (tuple(gate_up), (down,))):
-            buffer, shape, label = self.content.feed_forward(tuple(gate_up), (down,))
-            kernel_op.KernelExperts(buffer, shape, self.content.activation, label).feed_forward(
-                g, inputs[0], outs[0]
-            )
+            self._dense(tuple(gate_up), (down,)).feed_forward(g, inputs[0], outs[0])
         else:
             super().feed_forward(g, options, inputs, outs)
 
-    def attention(self, g: Graph, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
-        """See `Stock.attention`; many tokens have products large enough for the runtime's own."""
-        tokens, width = g.shape(inputs[3])[2], g.shape(inputs[0])[3]
-        if tokens == 1 and width % kernel_op.LANES == 0:
-            kernel_op.attention(g, inputs, self._attention.used, outs[0])
-        else:
-            super().attention(g, options, inputs, outs)
-
     def experts(self, g: Graph, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
         """See `Stock.experts`."""
-        (name,), content = options["names"], self.content
-        buffer, shape = content.experts(*_names(name))
         h, ids, mix = inputs
-        kernel_op.KernelExperts(buffer, shape, content.activation, name).expand(g, h, ids, mix, outs[0])
+        self._experts(options["names"][0]).expand(g, h, ids, mix, outs[0])
 
-    def route(self, g: Graph, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
-        """A token's choice of experts."""
-        h, bias = inputs
-        weight = self.content.weight(g, options["names"])
-        kernel_op.route(g, (h, weight, bias), options["kinds"], options["factor"], outs)
+    def self_attention(self, g: Graph, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
+        """The first half of a layer for one token."""
+        config, (*qkv, out) = self.content.weights.config, options["names"]
+        weights = [self.content.matrix(names) for names in (tuple(qkv), (out,))]
+        epsilons = config.norm_eps, config.norm_eps if config.qk_norm else 0.0
+        kernel_op.self_attention(g, inputs, weights, epsilons, outs)
 
-    def rotary(self, g: Graph, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
-        """The rotation of queries and keys."""
-        kernel_op.rotary(g, inputs, options["epsilon"], outs[0])
+    def mixture(self, g: Graph, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
+        """The second half of a layer for one token."""
+        config, (name,), (x, norm, bias) = self.content.weights.config, options["names"], inputs
+        moe, experts = cast(MoEConfig, config.moe), self._experts(f"{name}.experts")
+        gate_up, down = swiglu(f"{name}.shared_expert")
+        shared = self._dense(gate_up, (down,)) if moe.shared_expert_width else None
+        given = x, norm, self.content.weight(g, (f"{name}.router.weight",)), bias
+        kernel_op.mixture(g, given, experts, shared, moe, config.norm_eps, outs[0])
+
+    def _experts(self, name: str) -> kernel_op.KernelExperts:
+        return kernel_op.KernelExperts(*self.content.experts(*_names(name)), self.content.activation, name)
+
+    def _dense(self, gate_up: Names, down: Names) -> kernel_op.KernelExperts:
+        buffer, shape, label = self.content.feed_forward(gate_up, down)
+        return kernel_op.KernelExperts(buffer, shape, self.content.activation, label)
 
     def _fits(self, names: Names) -> bool:
         return names[0] in self.content.int4 and bank.fits(*self.content.shape(names))

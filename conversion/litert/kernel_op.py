@@ -11,12 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from conversion.kernel import ATTENTION, EMBEDDING, EXPERTS, LINEAR, ROTARY, ROUTE
+from conversion.kernel import EMBEDDING, EXPERTS, LINEAR, MIXTURE, SELF_ATTENTION
 from conversion.litert import bank
 from conversion.litert.flatbuffer import Graph, Kind
+from moe_jax.config import MoEConfig
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 LANES = 16  # of which heads are a multiple
+Matrix = tuple[int, tuple[int, int], str]  # a weight's buffer, its shape [out, in] and its label
 
 
 class KernelExperts:
@@ -27,15 +29,23 @@ class KernelExperts:
         self._buffer, self.shape, self.name = buffer, shape, name
         self.activation = ACTIVATIONS.index(activation)
 
+    def tensor(self, g: Graph) -> int:
+        """The bank in a graph."""
+        experts, *widths = self.shape
+        return g.tensor((experts, bank.expert_bytes(*widths)), "uint8", self.name, self._buffer)
+
+    def options(self, choices: int) -> tuple[int, ...]:
+        """What an op is told of these experts and of how many of them a token takes."""
+        experts, *widths = self.shape
+        return experts, choices, *widths, self.activation
+
     def expand(self, g: Graph, x: int, ids: int, weights: int, out: int | None = None) -> int:
         """Append y [T, D] = sum over k of weights[t, k] * expert_{ids[t, k]}(x[t]) to `g`.
 
         x [T, D] float32, ids [T, K] int32 in [0, E), weights [T, K] float32; `out` is an existing tensor for y.
         """
-        experts, *widths = self.shape
-        weight = g.tensor((experts, bank.expert_bytes(*widths)), "uint8", self.name, self._buffer)
-        options = experts, g.shape(ids)[-1], *widths, self.activation
-        return _custom(g, EXPERTS, [x, ids, weights, weight], g.like(x) if out is None else out, options)
+        inputs, options = [x, ids, weights, self.tensor(g)], self.options(g.shape(ids)[-1])
+        return _custom(g, EXPERTS, inputs, g.like(x) if out is None else out, options)
 
     def feed_forward(self, g: Graph, x: int, out: int | None = None) -> int:
         """Append the one expert of a bank of one: x [..., D] to y, alike."""
@@ -56,23 +66,41 @@ def embedding(g: Graph, ids: int, weight: int, shape: tuple[int, int], name: str
     return _custom(g, EMBEDDING, [ids, _matrix(g, weight, shape, name)], kind if out is None else out, shape)
 
 
-def attention(g: Graph, inputs: Sequence[int], used: int, out: int | None = None) -> int:
-    """Append softmax(q k^T + mask) v over the first `used` int32 [] positions; `inputs` as Attention.expand's."""
-    return _custom(g, ATTENTION, [*inputs, used], g.like(inputs[0]) if out is None else out, ())
+def self_attention(
+    g: Graph, inputs: Sequence[int], weights: Sequence[Matrix], epsilons: Sequence[float], outs: Sequence[int]
+) -> None:
+    """Append the first half of a layer for one token.
 
-
-def rotary(g: Graph, inputs: Sequence[int], epsilon: float, out: int | None = None) -> int:
-    """Append x [1, T, heads, H] turned by cosines and sines [T, 1, H], normed before if `epsilon` is not 0."""
-    return _custom(g, ROTARY, inputs, g.like(inputs[0]) if out is None else out, (_bits(epsilon),))
-
-
-def route(g: Graph, inputs: Sequence[int], kinds: Sequence[int], factor: float, outs: Sequence[int]) -> None:
-    """Append the choice of experts, ids and shares `outs` [T, K], for `inputs` h [T, D], router [E, D], bias [E].
-
-    `kinds` tells whether scores are a softmax and whether shares are made to sum to 1 before `factor`.
+    `inputs` are x [1, 1, D], its norm [D], cosines and sines [1, 1, H], the mask [1, 1, 1, C], k and v [1, G, C, H]
+    and the start int32 [4], whose third number is the position; `weights` those of queries, keys and values
+    [(N + 2 G) H, D], and of the output [D, N H]; `epsilons` of the norm, and of queries and keys (0: none); `outs`
+    y, k and v.
     """
-    experts, width = g.shape(inputs[1])
-    _append(g, ROUTE, inputs, outs, (width, experts, g.shape(outs[0])[-1], *kinds, _bits(factor)))
+    x, norm, *around = inputs
+    (_, groups, _, head), ((_, width), (_, heads)) = g.shape(around[3]), (shape for _, shape, _ in weights)
+    options = width, heads // head, groups, head, *map(_bits, epsilons)
+    places = (_matrix(g, *weight) for weight in weights)
+    _append(g, SELF_ATTENTION, [x, norm, *places, *around], outs, options)
+
+
+def mixture(
+    g: Graph,
+    inputs: Sequence[int],
+    experts: KernelExperts,
+    shared: KernelExperts | None,
+    moe: MoEConfig,
+    epsilon: float,
+    out: int,
+) -> None:
+    """Append the second half of a layer for one token: `out` = x plus its routed experts and a shared one.
+
+    `inputs` are x [1, 1, D], its norm [D], the router [E, D] and its bias [E]; `epsilon` is the norm's.
+    """
+    routing = int(moe.score_func == "softmax"), int(moe.norm_topk_prob), _bits(moe.routed_scaling_factor)
+    options = experts.options(moe.num_experts_per_tok) + routing
+    options += shared.shape[2] if shared else 0, _bits(epsilon)
+    banks = [bank.tensor(g) for bank in (experts, shared) if bank]
+    _append(g, MIXTURE, [*inputs, *banks], [out], options)
 
 
 def _matrix(g: Graph, buffer: int, shape: tuple[int, int], name: str) -> int:

@@ -7,6 +7,7 @@ converter runs; `conversion.litert.lower` puts the real ops and the exact intege
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from conversion import keymap, torch_ops  # noqa: F401  (its operators are lowered here)
 from conversion.litert.kernel_op import LANES
-from conversion.torch_model import Composed
-from moe_jax.config import ModelConfig, MoEConfig
+from conversion.torch_model import Cache, Composed, StaticCache
+from moe_jax.config import ModelConfig
 
 # Importing litert_torch switches 64-bit JAX on for the whole process, training and verifying included.
 jax.config.update("jax_enable_x64", False)
@@ -30,13 +31,14 @@ Value = Any
 
 LINEAR, EMBEDDING, EXPERTS = "moe_jax.linear", "moe_jax.embedding", "moe_jax.experts"
 ATTENTION, FEED_FORWARD = "moe_jax.attention", "moe_jax.feed_forward"
-ROUTE, ROTARY = "moe_jax.route", "moe_jax.rotary"
+SELF_ATTENTION, MIXTURE = "moe_jax.self_attention", "moe_jax.mixture"
 
 
 class Markers(Composed):
     """The `Ops` of conversion.torch_model that only leave markers; see there for shapes."""
 
     def __init__(self, config: ModelConfig):
+        super().__init__(config)
         self._shapes = {tensor.name: tensor.shape for tensor in keymap.torch_tensors(config)}
 
     def linear(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
@@ -66,20 +68,23 @@ class Markers(Composed):
 
 
 class KernelMarkers(Markers):
-    """For `conversion.kernel`, which has one op for what takes the stock runtime a dozen small ones."""
+    """For `conversion.kernel`, which has one op for half a layer of one token."""
 
-    def route(self, h: Tensor, moe: MoEConfig, name: str, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Marker of a token's choice of experts."""
-        kinds = [int(moe.score_func == "softmax"), int(moe.norm_topk_prob)]
-        return torch.ops.moe_jax.route(
-            h, bias, name, moe.num_experts_per_tok, kinds, float(moe.routed_scaling_factor)
-        )
+    def self_attention(self, layer: int, x: Tensor, norm: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
+        """Marker of the first half of a layer for one token; else, and where heads do not fill lanes, its parts."""
+        if x.shape[1] > 1 or self.config.head_dim % LANES or not isinstance(cache, StaticCache):
+            return super().self_attention(layer, x, norm, around, cache)
+        names = "+".join(f"model.layers.{layer}.self_attn.{part}_proj" for part in "qkvo")
+        given = [*around[1:], cache.k[layer], cache.v[layer], cache.start]
+        made = torch.ops.moe_jax.self_attention(x, norm, given, names)
+        y, cache.k[layer], cache.v[layer] = made
+        return y
 
-    def rotary(self, x: Tensor, turn: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
-        """Marker of the rotation of queries and keys; for heads that do not fill the kernel's lanes, stock ops."""
-        if x.shape[-1] % LANES:
-            return super().rotary(x, turn, cos, sin, epsilon)
-        return torch.ops.moe_jax.rotary(x, cos, sin, float(epsilon))
+    def mixture(self, layer: int, x: Tensor, norm: Tensor, bias: Tensor) -> Tensor:
+        """Marker of the second half of a layer for one token; else its parts."""
+        if x.shape[1] > 1:
+            return super().mixture(layer, x, norm, bias)
+        return torch.ops.moe_jax.mixture(x, norm, bias, f"model.layers.{layer}.feed_forward")
 
 
 @torch.library.custom_op("moe_jax::linear", mutates_args=())
@@ -132,26 +137,23 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, name: str) -> Tensor:
     return torch.empty_like(q)
 
 
-@torch.library.custom_op("moe_jax::route", mutates_args=())
-def _route(
-    h: Tensor, bias: Tensor, name: str, choices: int, kinds: list[int], factor: float
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("moe_jax::self_attention", mutates_args=())
+def _self_attention(x: Tensor, norm: Tensor, given: list[Tensor], names: str) -> tuple[Tensor, Tensor, Tensor]:
     raise NotImplementedError("a marker is exported, never run")
 
 
-@_route.register_fake
-def _(h: Tensor, bias: Tensor, name: str, choices: int, kinds: list[int], factor: float) -> tuple[Tensor, Tensor]:
-    shape = h.shape[0], choices
-    return h.new_empty(shape, dtype=torch.int32), h.new_empty(shape)
+@_self_attention.register_fake
+def _(x: Tensor, norm: Tensor, given: list[Tensor], names: str) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(given[3]), torch.empty_like(given[4])
 
 
-@torch.library.custom_op("moe_jax::rotary", mutates_args=())
-def _rotary(x: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
+@torch.library.custom_op("moe_jax::mixture", mutates_args=())
+def _mixture(x: Tensor, norm: Tensor, bias: Tensor, name: str) -> Tensor:
     raise NotImplementedError("a marker is exported, never run")
 
 
-@_rotary.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
+@_mixture.register_fake
+def _(x: Tensor, norm: Tensor, bias: Tensor, name: str) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -197,16 +199,14 @@ def _lower_attention(lctx: Any, q: Value, k: Value, v: Value, mask: Value, name:
     return _custom(lctx, ATTENTION, [q, k, v, mask], {"names": [name]})
 
 
-@lowerings.lower(torch.ops.moe_jax.route)
-def _lower_route(
-    lctx: Any, h: Value, bias: Value, name: str, choices: int, kinds: list[int], factor: float
-) -> list[Value]:
-    return _customs(lctx, ROUTE, [h, bias], {"names": [name], "kinds": list(kinds), "factor": factor})
+@lowerings.lower(torch.ops.moe_jax.self_attention)
+def _lower_self_attention(lctx: Any, x: Value, norm: Value, given: list[Value], names: str) -> list[Value]:
+    return _customs(lctx, SELF_ATTENTION, [x, norm, *given], {"names": names.split("+")})
 
 
-@lowerings.lower(torch.ops.moe_jax.rotary)
-def _lower_rotary(lctx: Any, x: Value, cos: Value, sin: Value, epsilon: float) -> Value:
-    return _custom(lctx, ROTARY, [x, cos, sin], {"names": [], "epsilon": epsilon})
+@lowerings.lower(torch.ops.moe_jax.mixture)
+def _lower_mixture(lctx: Any, x: Value, norm: Value, bias: Value, name: str) -> Value:
+    return _custom(lctx, MIXTURE, [x, norm, bias], {"names": [name]})
 
 
 def _tfl(lctx: Any, name: str, operands: list[Value], attributes: dict[str, ir.Attribute]) -> Value:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,12 +17,8 @@ from conversion.int4 import Int4
 from conversion.kernel import build
 from conversion.litert import bank, kernel_op
 from conversion.litert.flatbuffer import Graph, Model
-from conversion.litert.markers import KernelMarkers
-from conversion.torch_model import Composed, _quarter_turn
-from moe_jax.config import MoEConfig
 from moe_jax.errors import UserError
 from moe_jax.ops import fake_quant
-from tests.conversion.conftest import MOE
 from tests.conversion.test_experts import int4
 from tests.conversion.test_kernel import ABSENT, ARM, X86, built, interpreter_of
 
@@ -185,97 +180,3 @@ def test_one_sharp_score_among_many_is_all_that_counts():
     q[..., 0], k[0, 700, 0] = 1, 200
     _, found = attention_of("portable", 1, 1000, q, k, v, np.zeros((1, 1000), np.float32))
     assert np.array_equal(found[0, 0], v[0, 700])
-
-
-def test_the_op_looks_as_far_as_it_is_told_and_no_further(tmp_path):
-    rng = np.random.default_rng(4)
-    given_ = {"q": rng.standard_normal((1, 2, 3, 16), np.float32)}
-    given_ |= {name: rng.standard_normal((1, 2, 300, 16), np.float32) for name in "kv"}
-    given_ |= {"mask": np.zeros((1, 1, 1, 300), np.float32), "used": np.array(130, np.int32)}
-
-    def attend(g: Graph, q: int, k: int, v: int, mask: int, used: int) -> int:
-        return kernel_op.attention(g, [q, k, v, mask], used)
-
-    found = run_op(tmp_path, given_, attend)[0][0]
-    wanted = attended(130, given_["q"][0], given_["k"][0], given_["v"][0], given_["mask"][0, 0])
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
-    for wrong in (0, 301):
-        with pytest.raises(RuntimeError, match="not within the cache"):
-            run_op(tmp_path, given_ | {"used": np.array(wrong, np.int32)}, attend)
-
-
-# What is done with each token
-
-
-class Torch(Composed):
-    """Routing and rotation as the reference has them."""
-
-    def __init__(self, weight: np.ndarray | None = None) -> None:
-        self._weight = weight
-
-    def router(self, h: torch.Tensor, name: str) -> torch.Tensor:
-        return h @ torch.from_numpy(self._weight).T
-
-
-@pytest.mark.parametrize("epsilon", [0.0, 1e-5])
-@pytest.mark.parametrize("tokens", [1, 19])
-def test_rotation_equals_the_reference(tmp_path, tokens, epsilon):
-    rng = np.random.default_rng(tokens)
-    angles = np.repeat(rng.uniform(0, 6, (tokens, 1, 16)), 2, axis=2)
-    given_ = {"x": rng.standard_normal((1, tokens, 5, 32)), "cos": np.cos(angles), "sin": np.sin(angles)}
-    given_ = {name: array.astype(np.float32) for name, array in given_.items()}
-    found = run_op(tmp_path, given_, lambda g, x, cos, sin: kernel_op.rotary(g, [x, cos, sin], epsilon))[0]
-    turn = torch.from_numpy(_quarter_turn(32))
-    x, cos, sin = (torch.from_numpy(given_[name]) for name in ("x", "cos", "sin"))
-    np.testing.assert_allclose(found, Torch().rotary(x, turn, cos, sin, epsilon), rtol=0, atol=2e-6)
-
-
-def test_heads_that_do_not_fill_the_lanes_keep_stock_ops():
-    rng = np.random.default_rng(0)
-    x, cos, sin = (torch.from_numpy(rng.standard_normal((1, 3, heads, 24), np.float32)) for heads in (5, 1, 1))
-    turn, ops = torch.from_numpy(_quarter_turn(24)), KernelMarkers(MOE)
-    assert torch.equal(ops.rotary(x, turn, cos, sin, 1e-6), Torch().rotary(x, turn, cos, sin, 1e-6))
-    with pytest.raises(NotImplementedError, match="marker"):
-        ops.rotary(x[..., :16], turn, cos[..., :16], sin[..., :16], 1e-6)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.data())
-def test_routing_equals_the_reference(tmp_path_factory, data):
-    draw = data.draw
-    tokens, experts = draw(st.sampled_from([1, 20])), draw(st.sampled_from([4, 60]))
-    moe = MoEConfig(
-        experts,
-        draw(st.integers(1, 4)),
-        expert_width=32,
-        score_func=draw(st.sampled_from(["sigmoid", "softmax"])),
-        norm_topk_prob=draw(st.booleans()),
-        use_expert_bias=True,
-        routed_scaling_factor=2.5,
-    )
-    rng = np.random.default_rng(draw(st.integers(0, 99)))
-    h, weight = (rng.standard_normal((n, 64), np.float32) / 4 for n in (tokens, experts))
-    bias = rng.uniform(-0.1, 0.1, experts).astype(np.float32)
-
-    def route(g: Graph, h: int) -> tuple[int, int]:
-        shape = tokens, moe.num_experts_per_tok
-        outs = g.tensor(shape, "int32"), g.tensor(shape, "float32")
-        kinds = [int(moe.score_func == "softmax"), int(moe.norm_topk_prob)]
-        kernel_op.route(g, (h, g.const(weight), g.const(bias)), kinds, moe.routed_scaling_factor, outs)
-        return outs
-
-    ids, shares = run_op(tmp_path_factory.mktemp("route"), {"h": h}, route)
-    wanted_ids, wanted = Torch(weight).route(torch.from_numpy(h), moe, "", torch.from_numpy(bias))
-    assert np.array_equal(ids, wanted_ids)
-    np.testing.assert_allclose(shares, wanted, rtol=2e-6)
-
-
-def test_equal_scores_choose_the_lower_number(tmp_path):
-    def route(g: Graph, h: int) -> tuple[int, int]:
-        outs = g.tensor((1, 3), "int32"), g.tensor((1, 3), "float32")
-        weight, bias = (g.const(np.zeros(shape, np.float32)) for shape in ((5, 16), (5,)))
-        kernel_op.route(g, (h, weight, bias), [0, 1], 1.0, outs)
-        return outs
-
-    ids, shares = run_op(tmp_path, {"h": np.ones((1, 16), np.float32)}, route)
-    assert ids.tolist() == [[0, 1, 2]] and np.allclose(shares, 1 / 3)

@@ -64,7 +64,8 @@ def test_the_bias_chooses_experts_and_never_weighs_them():
     bias = torch.zeros(5)
     bias[3] = 10.0
     dict(model.named_buffers())["model_layers_0_feed_forward_expert_bias"].copy_(bias)
-    ids, mix = model.route(name, h, ROUTED)
+    ops, given = Reference(source), model.expert_bias(0, ROUTED)
+    ids, mix = ops.route(h, ROUTED, f"{name}.router.weight", given)
     assert torch.all(ids[:, 0] == 3)
     chosen = scores.gather(1, ids.long())
     assert torch.allclose(mix, 2.5 * chosen / chosen.sum(1, keepdim=True), atol=1e-6)

@@ -38,6 +38,17 @@ std::vector<Tile> cut(const std::vector<int>& first, int most) {
 
 }  // namespace
 
+void gate_up(const Isa& isa, const uint8_t* expert, int width, int hidden, uint32_t activation, const Rows& rows, int g,
+             int n, float* scratch, float* to, size_t stride) {
+  const int columns = n * kColumns;
+  const uint8_t* weights = expert + g * group_bytes(width);
+  float* up = scratch + rows.count * columns;
+  isa.multiply(weights, n, width, rows, scratch, columns);
+  isa.multiply(weights + matrix_bytes(hidden, width), n, width, rows, up, columns);
+  for (int m = 0; m < rows.count; m++)
+    isa.gate(scratch + m * columns, up + m * columns, columns, activation, to + m * stride + g * kColumns);
+}
+
 bool run_experts(const Isa& isa, const Shape& s, const Call& call, int threads) {
   const int tokens = call.tokens, choices = s.choices, routed = tokens * choices;
   const int width = s.width, hidden = s.hidden;
@@ -84,13 +95,9 @@ bool run_experts(const Isa& isa, const Shape& s, const Call& call, int threads) 
       rows.zero[m] = zero[t];
       rows.inverse[m] = inverse[t];
     }
-    const int g = up_groups * part / parts, n = up_groups * (part + 1) / parts - g, columns = n * kColumns;
-    const uint8_t* weights = call.bank + tile.expert * all + g * up_group;
-    float *gate = products + slot * row * 2 * hidden, *other = gate + rows.count * columns;
-    isa.multiply(weights, n, width, rows, gate, columns);
-    isa.multiply(weights + up_groups * up_group, n, width, rows, other, columns);
-    for (int m = 0; m < rows.count; m++)
-      isa.gate(gate + m * columns, other + m * columns, columns, s.activation, to + m * hidden + g * kColumns);
+    const int g = up_groups * part / parts, n = up_groups * (part + 1) / parts - g;
+    gate_up(isa, call.bank + tile.expert * all, width, hidden, s.activation, rows, g, n,
+            products + slot * row * 2 * hidden, to, hidden);
   };
 
   // the tile's rows of `terms`, columns of `part`

@@ -30,6 +30,12 @@ inline size_t expert_bytes(const Shape& s) {
 }
 
 struct Isa;
+struct Rows;
+
+// Columns 16 g to 16 (g + n) of h = act(gate x) * up x for each row x, to `to` (of the row's column 0), rows `stride`
+// apart. `scratch` holds 2 * 16 n floats for each row.
+void gate_up(const Isa& isa, const uint8_t* expert, int width, int hidden, uint32_t activation, const Rows& rows, int g,
+             int n, float* scratch, float* to, size_t stride);
 
 // False if an id is out of range; then y is not written.
 bool run_experts(const Isa& isa, const Shape& shape, const Call& call, int threads);

@@ -50,9 +50,11 @@ struct Isa {
   void (*multiply)(const uint8_t* weights, int groups, int inputs, const Rows& rows, float* out, size_t stride);
   void (*gate)(const float* gate, const float* up, int n, uint32_t activation, float* h);  // act(gate) * up
   void (*combine)(const float* const* terms, const float* weights, int count, int n, float* y);
+  void (*norm)(const float* x, const float* weight, int n, float epsilon, float* y);
   void (*rotate)(const float* x, const float* cosines, const float* sines, int n, float epsilon, float* y);
-  void (*route)(const RouteShape& s, const float* x, const float* weight, const float* bias, int32_t* ids,
-                float* shares);
+  void (*score)(const float* x, const float* weight, int count, int n, float* scores);  // x times `count` rows
+  // The choice of experts from `scores` [E], which are overwritten.
+  void (*choose)(const RouteShape& s, float* scores, const float* bias, int32_t* ids, float* shares);
   void (*attend)(const Piece& piece);
   // One row's pieces put together: outs [count, step, n] of which the first of `step` counts, most and sums likewise.
   void (*merge)(const float* outs, const float* most, const float* sums, int count, int step, int n, float* y);

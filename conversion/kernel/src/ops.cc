@@ -1,13 +1,13 @@
 #include "ops.h"
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 
-#include "attention.h"
 #include "experts.h"
 #include "isa.h"
 #include "linear.h"
-#include "per_token.h"
+#include "token.h"
 
 namespace moe_jax {
 namespace {
@@ -117,74 +117,86 @@ const char* do_embedding(const Op& op, const TfLiteTensor* t, int) {
   return known ? nullptr : "an id is out of range";
 }
 
-// Attention: q [1, G, R, H], k and v [1, G, C, H], mask [1, 1, S, C], used []; y like q
+// The attention half of a layer for one token: x, norm [D], two weights, cosines and sines [H], mask [C], k and v
+// [1, G, C, H], start [4], of which the third is the position; y like x, and k and v with the token's own.
 
-const char* check_attention(const Op& op, const TfLiteTensor* t) {
-  if (!typed(op, t, {kF, kF, kF, kF, kI, kF}))
-    return "inputs must be q, k, v and the mask float32 and the positions in use int32, the output float32";
-  const TfLiteTensor &q = t[op.inputs[0]], &k = t[op.inputs[1]], &v = t[op.inputs[2]], &mask = t[op.inputs[3]];
-  for (const TfLiteTensor* each : {&q, &k, &v, &mask})
-    if (each->dims->size != 4) return "q, k, v and the mask must have four axes";
-  const int *dq = q.dims->data, *dk = k.dims->data, *dm = mask.dims->data;
-  if (dq[0] != 1 || dk[0] != 1 || dq[1] != dk[1] || dq[3] != dk[3] || dq[3] % 16 || k.bytes != v.bytes ||
-      dm[3] != dk[2] || !dm[2] || dq[2] % dm[2] || t[op.outputs[0]].bytes != q.bytes || t[op.inputs[4]].bytes != 4)
-    return "q and y must be [1, G, R, H], k and v [1, G, C, H], the mask [1, 1, S, C], H a multiple of 16 and R of S";
-  return nullptr;
-}
-
-const char* do_attention(const Op& op, const TfLiteTensor* t, int threads) {
-  const int *dq = t[op.inputs[0]].dims->data, *dm = t[op.inputs[3]].dims->data, used = *data<const int32_t>(op, t, 4);
-  if (used < 1 || used > dm[3]) return "positions are not within the cache";
-  run_attention(*op.isa,
-                {dq[1], dq[2], dm[2], dq[3], dm[3], used, data<const float>(op, t, 0), data<const float>(op, t, 1),
-                 data<const float>(op, t, 2), data<const float>(op, t, 3), result(op, t)},
-                threads);
-  return nullptr;
-}
-
-// Rotation: x [1, T, heads, H], cosines and sines [T, 1, H]; y like x
-
-const char* check_rotary(const Op& op, const TfLiteTensor* t) {
-  if (!typed(op, t, {kF, kF, kF, kF})) return "inputs and output must be float32";
-  const TfLiteTensor &x = t[op.inputs[0]], &cosines = t[op.inputs[1]];
-  if (x.dims->size != 4 || last_of(x) % 16 || last_of(cosines) != last_of(x) || t[op.outputs[0]].bytes != x.bytes ||
-      cosines.bytes != t[op.inputs[2]].bytes || cosines.bytes * x.dims->data[2] != x.bytes)
-    return "x and y must be [1, T, heads, H], cosines and sines [T, 1, H], H a multiple of 16";
-  return nullptr;
-}
-
-const char* do_rotary(const Op& op, const TfLiteTensor* t, int threads) {
-  const int* d = t[op.inputs[0]].dims->data;
-  run_rotary(*op.isa, d[1], d[2], d[3], number(op.options[0]), data<const float>(op, t, 0), data<const float>(op, t, 1),
-             data<const float>(op, t, 2), result(op, t), threads);
-  return nullptr;
-}
-
-// Routing: x [T, D], the router [E, D], a bias [E]; ids and shares [T, K]
-
-RouteShape route_shape(const Op& op) {
+AttentionShape attention_shape(const Op& op) {
   const auto& o = op.options;
-  return {o[0], o[1], o[2], o[3], o[4], number(o[5])};
+  return {o[0], o[1], o[2], o[3], number(o[4]), number(o[5])};
 }
 
-const char* check_route(const Op& op, const TfLiteTensor* t) {
-  if (!typed(op, t, {kF, kF, kF, kI, kF})) return "inputs must be float32, outputs ids int32 and shares float32";
-  const RouteShape s = route_shape(op);
-  if (!s.width || s.width % 16 || !s.choices || s.choices > s.experts || s.experts > kMostExperts)
-    return "options must name a width that is a multiple of 16, and no more choices than experts";
-  const TfLiteTensor &x = t[op.inputs[0]], &ids = t[op.outputs[0]];
-  const size_t tokens = x.bytes / 4 / s.width;
-  if (last_of(x) != static_cast<int>(s.width) || t[op.inputs[1]].bytes != 4ull * s.experts * s.width ||
-      t[op.inputs[2]].bytes != 4ull * s.experts || ids.bytes != 4 * tokens * s.choices ||
-      t[op.outputs[1]].bytes != ids.bytes)
-    return "x must be [T, D], the router [E, D], its bias [E], ids and shares [T, K]";
+const char* check_self_attention(const Op& op, const TfLiteTensor* t) {
+  if (!typed(op, t, {kF, kF, kBytes, kBytes, kF, kF, kF, kF, kF, kI, kF, kF, kF}))
+    return "inputs and outputs must be float32, but weights uint8 and the start int32";
+  const AttentionShape s = attention_shape(op);
+  const auto bytes = [&](int input) { return t[op.inputs[input]].bytes; };
+  const size_t heads = s.heads * s.head_width, all = heads + 2 * s.groups * s.head_width;
+  if (!s.width || s.width % kBlock || !s.groups || !s.heads || s.heads % s.groups || s.head_width % 16 || heads % kBlock)
+    return "options must name a width of 32s, heads that groups divide, and a head width of 16s";
+  if (bytes(2) != matrix_bytes(all, s.width) || bytes(3) != matrix_bytes(s.width, heads))
+    return "a weight has another size than its options say; export the model again";
+  const TfLiteTensor& k = t[op.inputs[7]];
+  if (bytes(0) != 4 * s.width || bytes(1) != bytes(0) || t[op.outputs[0]].bytes != bytes(0) ||
+      bytes(4) != 4 * s.head_width || bytes(5) != bytes(4) || bytes(9) != 16 || k.dims->size != 4 ||
+      k.bytes != bytes(6) * s.groups * s.head_width || bytes(8) != k.bytes || t[op.outputs[1]].bytes != k.bytes ||
+      t[op.outputs[2]].bytes != k.bytes)
+    return "x, y and the norm must be [D], cosines and sines [H], the mask [C], k and v [1, G, C, H], the start [4]";
   return nullptr;
 }
 
-const char* do_route(const Op& op, const TfLiteTensor* t, int threads) {
-  const RouteShape s = route_shape(op);
-  run_route(*op.isa, s, static_cast<int>(t[op.inputs[0]].bytes / 4 / s.width), data<const float>(op, t, 0),
-            data<const float>(op, t, 1), data<const float>(op, t, 2), result<int32_t>(op, t), result(op, t, 1), threads);
+// The cache that an op writes to, which is the one it is given wherever the caller uses one for both.
+float* kept(const Op& op, const TfLiteTensor* t, int input, int output) {
+  const auto* from = data<const float>(op, t, input);
+  auto* to = result(op, t, output);
+  if (to != from) std::memcpy(to, from, t[op.inputs[input]].bytes);
+  return to;
+}
+
+const char* do_self_attention(const Op& op, const TfLiteTensor* t, int threads) {
+  const int length = static_cast<int>(t[op.inputs[6]].bytes / 4), position = data<const int32_t>(op, t, 9)[2];
+  if (position < 0 || position >= length) return "the position is not within the cache";
+  float *k = kept(op, t, 7, 1), *v = kept(op, t, 8, 2);
+  const auto floats = [&](int input) { return data<const float>(op, t, input); };
+  run_self_attention(*op.isa, attention_shape(op),
+                     {floats(0), floats(1), data<const uint8_t>(op, t, 2), data<const uint8_t>(op, t, 3), floats(4),
+                      floats(5), floats(6), k, v, position, length, result(op, t)},
+                     threads);
+  return nullptr;
+}
+
+// The feed-forward half of a layer for one token: x, norm [D], router [E, D], bias [E], the bank and, if `shared` is
+// not 0, the expert that every token takes; y like x.
+
+MixtureShape mixture_shape(const Op& op) {
+  const auto& o = op.options;
+  return {{o[0], o[1], o[2], o[3], o[4]}, {o[2], o[0], o[1], o[5], o[6], number(o[7])}, o[8], number(o[9])};
+}
+
+const char* check_mixture(const Op& op, const TfLiteTensor* t) {
+  const MixtureShape m = mixture_shape(op);
+  const Shape &s = m.experts, shared = {1, 1, s.width, m.shared, s.activation};
+  if ((m.shared > 0) != (op.inputs.size() == 6)) return "the shared expert must be there if options name its width";
+  if (!(m.shared ? typed(op, t, {kF, kF, kF, kF, kBytes, kBytes, kF}) : typed(op, t, {kF, kF, kF, kF, kBytes, kF})))
+    return "inputs and outputs must be float32, the experts uint8";
+  if (!s.experts || s.experts > kMostExperts || !s.choices || s.choices > std::min(s.experts, 64u) || !s.width ||
+      s.width % kBlock || !s.hidden || s.hidden % kBlock || m.shared % kBlock)
+    return "options must name experts, no more choices than that or 64, and widths that are multiples of 32";
+  const auto bytes = [&](int input) { return t[op.inputs[input]].bytes; };
+  if (bytes(4) != s.experts * expert_bytes(s) || (m.shared && bytes(5) != expert_bytes(shared)))
+    return "the bank has another size than its options say; export the model again";
+  if (bytes(0) != 4 * s.width || bytes(1) != bytes(0) || t[op.outputs[0]].bytes != bytes(0) ||
+      bytes(2) != s.experts * bytes(0) || bytes(3) != 4 * s.experts)
+    return "x, y and the norm must be [D], the router [E, D], its bias [E]";
+  return nullptr;
+}
+
+const char* do_mixture(const Op& op, const TfLiteTensor* t, int threads) {
+  const MixtureShape s = mixture_shape(op);
+  const auto floats = [&](int input) { return data<const float>(op, t, input); };
+  run_mixture(*op.isa, s,
+              {floats(0), floats(1), floats(2), floats(3), data<const uint8_t>(op, t, 4),
+               s.shared ? data<const uint8_t>(op, t, 5) : nullptr, result(op, t)},
+              threads);
   return nullptr;
 }
 
@@ -192,9 +204,9 @@ constexpr Kind kKinds[] = {
     {"moe_jax.routed_experts", 4, 1, 5, check_experts, do_experts},
     {"moe_jax.linear", 2, 1, 2, check_linear, do_linear},
     {"moe_jax.embedding", 2, 1, 2, check_embedding, do_embedding},
-    {"moe_jax.attention", 5, 1, 0, check_attention, do_attention},
-    {"moe_jax.rotary", 3, 1, 1, check_rotary, do_rotary},
-    {"moe_jax.route", 3, 2, 6, check_route, do_route},
+    {"moe_jax.self_attention", 10, 3, 6, check_self_attention, do_self_attention},
+    {"moe_jax.mixture", 6, 1, 10, check_mixture, do_mixture},
+    {"moe_jax.mixture", 5, 1, 10, check_mixture, do_mixture},
 };
 
 }  // namespace

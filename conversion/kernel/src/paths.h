@@ -14,16 +14,22 @@
   target void combine(const float* const* terms, const float* weights, int count, int n, float* y) {   \
     RowWork<lanes>::combine(terms, weights, count, n, y);                                              \
   }                                                                                                    \
+  target void norm(const float* x, const float* weight, int n, float epsilon, float* y) {              \
+    RowWork<lanes>::norm(x, weight, n, epsilon, y);                                                    \
+  }                                                                                                    \
   target void rotate(const float* x, const float* cosines, const float* sines, int n, float epsilon, float* y) { \
     RowWork<lanes>::rotate(x, cosines, sines, n, epsilon, y);                                          \
   }                                                                                                    \
-  target void route(const RouteShape& s, const float* x, const float* weight, const float* bias, int32_t* ids, \
-                    float* shares) {                                                                   \
-    RowWork<lanes>::route(s, x, weight, bias, ids, shares);                                            \
+  target void score(const float* x, const float* weight, int count, int n, float* scores) {            \
+    RowWork<lanes>::score(x, weight, count, n, scores);                                                \
+  }                                                                                                    \
+  target void choose(const RouteShape& s, float* scores, const float* bias, int32_t* ids, float* shares) { \
+    RowWork<lanes>::choose(s, scores, bias, ids, shares);                                              \
   }                                                                                                    \
   target void attend(const Piece& piece) { AttentionWork<lanes>::attend(piece); }                      \
   target void merge(const float* outs, const float* most, const float* sums, int count, int step, int n, float* y) { \
     AttentionWork<lanes>::merge(outs, most, sums, count, step, n, y);                                  \
   }
 // In the order of `Isa`.
-#define MOE_JAX_PATH(of, multiply) of quantize, multiply, of gate, of combine, of rotate, of route, of attend, of merge
+#define MOE_JAX_PATH(of, multiply)                                                                     \
+  of quantize, multiply, of gate, of combine, of norm, of rotate, of score, of choose, of attend, of merge

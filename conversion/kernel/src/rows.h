@@ -62,6 +62,12 @@ struct RowWork {
     }
   }
 
+  // A row over its root mean square, times `weight`.
+  static MOE_JAX_INLINE void norm(const float* x, const float* weight, int n, float epsilon, float* y) {
+    const F inverse = E::splat(1.0f / std::sqrt(E::dot(x, x, n) / n + epsilon));
+    for (int i = 0; i < n; i += N) E::store(y + i, E::load(x + i) * inverse * E::load(weight + i));
+  }
+
   // One head's row: normed if `epsilon` is not 0, then its adjacent pairs turned.
   static MOE_JAX_INLINE void rotate(const float* x, const float* cosines, const float* sines, int n, float epsilon,
                                     float* y) {
@@ -73,12 +79,15 @@ struct RowWork {
     }
   }
 
+  static MOE_JAX_INLINE void score(const float* x, const float* weight, int count, int n, float* scores) {
+    for (int e = 0; e < count; e++) scores[e] = E::dot(x, weight + static_cast<size_t>(e) * n, n);
+  }
+
   // One token's choices: the best of its scores plus `bias`, ties to the lower number, and their scores' shares.
-  static MOE_JAX_INLINE void route(const RouteShape& s, const float* x, const float* weight, const float* bias,
-                                   int32_t* ids, float* shares) {
-    float scores[kMostExperts], biased[kMostExperts];
+  static MOE_JAX_INLINE void choose(const RouteShape& s, float* scores, const float* bias, int32_t* ids,
+                                    float* shares) {
+    float biased[kMostExperts];
     const int experts = s.experts;
-    for (int e = 0; e < experts; e++) scores[e] = E::dot(x, weight + static_cast<size_t>(e) * s.width, s.width);
     if (s.softmax) {
       float most = scores[0], sum = 0;
       for (int e = 1; e < experts; e++) most = scores[e] > most ? scores[e] : most;

@@ -1,0 +1,243 @@
+"""The kernel's ops for half a layer of one token, against the reference's same halves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conversion import kernel, weights
+from conversion.litert import bank, kernel_op, lower
+from conversion.litert.flatbuffer import Graph, Model
+from conversion.torch_model import MobileMoE, Reference, StaticCache, _quarter_turn, swiglu
+from conversion.weights import Weights
+from moe_jax.config import ModelConfig, MoEConfig
+from tests.conversion.conftest import CONTEXT, MOE, PREFILL, ROUTED
+from tests.conversion.test_kernel import built, load
+from tests.conversion.test_kernel_ops import PATHS, run_op
+from tests.conversion.test_lower import LENGTH as LENGTH_OF_CALLS
+from tests.conversion.test_lower import TOKENS, inputs
+
+pytestmark = built
+LENGTH, CLOSE = 300, 2e-5  # of the cache; and of outputs near 1
+Arrays = dict[str, np.ndarray]
+
+
+def wider(**changes: Any) -> ModelConfig:
+    return dataclasses.replace(MOE, moe=dataclasses.replace(ROUTED, **changes))
+
+
+def routing(config: ModelConfig) -> MoEConfig:
+    assert config.moe
+    return config.moe
+
+
+def half(config: ModelConfig, seed: int = 0) -> tuple[Weights, Arrays]:
+    """Weights of a model, and a token before one of its layers with a norm that is not all ones."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((1, 1, config.d_model), np.float32)
+    return weights.random(config), {"x": x, "norm": rng.uniform(0.5, 1.5, config.d_model).astype(np.float32)}
+
+
+def on_every_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arrays: Arrays, append: Callable[..., tuple[int, ...]]
+) -> list[np.ndarray]:
+    """The op's outputs, which are the same bits on each path that this processor has, with 1 and 3 threads."""
+    first: list[np.ndarray] = []
+    for path in PATHS:
+        for threads in (1, 3):
+            monkeypatch.setenv("MOE_JAX_KERNEL_ISA", path)
+            monkeypatch.setenv("MOE_JAX_KERNEL_THREADS", str(threads))
+            try:
+                found = run_op(tmp_path, arrays, append)
+            except RuntimeError as error:
+                assert "processor lacks" in str(error) and path != "portable"
+                continue
+            first = first or found
+            assert all(a.tobytes() == b.tobytes() for a, b in zip(found, first, strict=True)), (path, threads)
+    return first
+
+
+# Attention
+
+NAME = "model.layers.1.self_attn"
+
+
+def attention_case(position: int, config: ModelConfig = MOE) -> tuple[Weights, Arrays]:
+    source, arrays = half(config, position)
+    rng, cache = np.random.default_rng(position), (1, config.num_kv_heads, LENGTH, config.head_dim)
+    angles = np.repeat(rng.uniform(0, 6, (1, 1, config.head_dim // 2)), 2, axis=2)
+    arrays |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+    seen = np.arange(LENGTH)[None, None, None] <= position
+    arrays |= {"mask": np.where(seen, 0, -1e30).astype(np.float32)}
+    arrays |= {part: rng.standard_normal(cache, np.float32) for part in "kv"}
+    return source, arrays | {"start": np.array([0, 0, position, 0], np.int32)}
+
+
+def append_attention(source: Weights) -> Callable[..., tuple[int, ...]]:
+    config = source.config
+
+    def append(g: Graph, **given: int) -> tuple[int, ...]:
+        matrices = []
+        for parts in (("q", "k", "v"), ("o",)):
+            weight = source.fused(tuple(f"{NAME}.{part}_proj" for part in parts))
+            matrices.append((g.model.buffer(bank.pack(weight)), weight.codes.shape, "+".join(parts)))
+        outs = tuple(g.tensor(*g.like(given[name])) for name in ("x", "k", "v"))
+        epsilons = config.norm_eps, config.norm_eps if config.qk_norm else 0.0
+        kernel_op.self_attention(g, list(given.values()), matrices, epsilons, outs)
+        return outs
+
+    return append
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("position", [0, 1, 130, LENGTH - 1])
+def test_the_attention_half_equals_the_reference(monkeypatch, tmp_path, position, qk_norm):
+    source, arrays = attention_case(position, dataclasses.replace(MOE, qk_norm=qk_norm))
+    given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    cache = StaticCache([torch.empty(0), given["k"]], [torch.empty(0), given["v"]], given["start"])
+    around = torch.from_numpy(_quarter_turn(MOE.head_dim)), given["cos"], given["sin"], given["mask"]
+    wanted = Reference(source).self_attention(1, given["x"], given["norm"], around, cache)
+    # What lies beyond the position is never looked at, and stays.
+    arrays = {n: a.copy() for n, a in arrays.items()}
+    for part in "kv":
+        arrays[part][:, :, position + 1 :] = np.nan
+    y, *caches = on_every_path(monkeypatch, tmp_path, arrays, append_attention(source))
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=CLOSE)
+    for found, reference, before in zip(caches, (cache.k[1], cache.v[1]), (arrays["k"], arrays["v"]), strict=True):
+        np.testing.assert_allclose(found[:, :, position], reference[:, :, position], rtol=0, atol=CLOSE)
+        others = np.arange(LENGTH) != position
+        assert np.array_equal(found[:, :, others], before[:, :, others], equal_nan=True)
+
+
+@pytest.mark.parametrize("position", [-1, LENGTH])
+def test_a_position_outside_the_cache_is_refused(tmp_path, position):
+    source, arrays = attention_case(0)
+    arrays["start"][2] = position
+    with pytest.raises(RuntimeError, match="not within the cache"):
+        run_op(tmp_path, arrays, append_attention(source))
+
+
+# Experts
+
+FEED_FORWARD = "model.layers.0.feed_forward"
+
+
+def mixture_case(config: ModelConfig, seed: int = 0) -> tuple[Weights, Arrays]:
+    source, arrays = half(config, seed)
+    bias = np.random.default_rng(seed).uniform(-0.1, 0.1, routing(config).num_experts).astype(np.float32)
+    return source, arrays | {"router": source.float(f"{FEED_FORWARD}.router.weight"), "bias": bias}
+
+
+class Routed(Reference):
+    """With the router that the op is given."""
+
+    def __init__(self, source: Weights, router: np.ndarray) -> None:
+        super().__init__(source)
+        self.given = torch.from_numpy(router)
+
+    def router(self, h: torch.Tensor, name: str) -> torch.Tensor:
+        return h @ self.given.T
+
+
+def append_mixture(source: Weights) -> Callable[..., tuple[int, ...]]:
+    config, moe = source.config, routing(source.config)
+
+    def append(g: Graph, x: int, norm: int, router: int, bias: int) -> tuple[int, ...]:
+        matrices = (source.int4(f"{FEED_FORWARD}.experts.{name}_proj") for name in ("gate_up", "down"))
+        buffer, shape = g.model.buffer(bank.pack_experts(*matrices)), (moe.num_experts, 64, moe.expert_width)
+        routed, shared = kernel_op.KernelExperts(buffer, shape, config.activation), None
+        if moe.shared_expert_width:
+            gate_up, down = swiglu(f"{FEED_FORWARD}.shared_expert")
+            parts = [bank.pack(source.fused(names)) for names in (gate_up, (down,))]
+            buffer, shape = g.model.buffer(np.concatenate(parts, axis=1)), (1, 64, moe.shared_expert_width)
+            shared = kernel_op.KernelExperts(buffer, shape, config.activation, "shared")
+        out = g.tensor(*g.like(x))
+        kernel_op.mixture(g, (x, norm, router, bias), routed, shared, moe, config.norm_eps, out)
+        return (out,)
+
+    return append
+
+
+def mixed(source: Weights, arrays: Arrays) -> torch.Tensor:
+    x, norm, bias = (torch.from_numpy(arrays[name]) for name in ("x", "norm", "bias"))
+    return Routed(source, arrays["router"]).mixture(0, x, norm, bias)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MOE,
+        dataclasses.replace(MOE, activation="gelu_tanh"),
+        wider(shared_expert_width=0),
+        wider(num_experts=1, num_experts_per_tok=1),
+        wider(num_experts=60, num_experts_per_tok=7, expert_width=96, shared_expert_width=32),
+        wider(score_func="softmax", norm_topk_prob=False, routed_scaling_factor=1.5),
+    ],
+    ids=["moe", "gelu", "none shared", "one", "many", "softmax"],
+)
+def test_the_expert_half_equals_the_reference(monkeypatch, tmp_path, config):
+    source, arrays = mixture_case(config)
+    (y,) = on_every_path(monkeypatch, tmp_path, arrays, append_mixture(source))
+    np.testing.assert_allclose(y, mixed(source, arrays), rtol=0, atol=CLOSE)
+
+
+def test_equal_scores_choose_the_lower_number(tmp_path):
+    source, arrays = mixture_case(MOE)
+    for name in ("router", "bias"):
+        arrays[name] = np.zeros_like(arrays[name])
+    (y,) = run_op(tmp_path, arrays, append_mixture(source))
+    np.testing.assert_allclose(y, mixed(source, arrays), rtol=0, atol=CLOSE)
+
+
+def test_what_does_not_fit_its_options_is_refused(tmp_path):
+    source, arrays = mixture_case(MOE)
+
+    def resized(place: int, value: int) -> Callable[..., tuple[int, ...]]:
+        def append(g: Graph, **given: int) -> tuple[int, ...]:
+            outs = append_mixture(source)(g, **given)
+            options = np.frombuffer(bytes(g.ops[-1].customOptions), np.uint32).copy()
+            options[place] = value
+            g.ops[-1].customOptions = options.view(np.uint8)
+            return outs
+
+        return append
+
+    for place, value, message in [
+        (0, 6, "bank has another size"),
+        (1, 6, "no more choices"),
+        (2, 96, "bank has another size"),
+        (3, 48, "multiples of 32"),
+        (8, 0, "must be there"),
+        (8, 32, "bank has another size"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            run_op(tmp_path, arrays, resized(place, value))
+
+
+# Whole models
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_models_calls_give_the_references_logits_and_what_does_not_fit_keeps_stock_ops(tmp_path, fits):
+    """Prefill leaves keys and values that the half's op goes on from; 24 is no multiple of the kernel's lanes."""
+    config = dataclasses.replace(MOE, head_dim=16 if fits else 24)
+    source = weights.random(config)
+    lower.export_tflite(source, tmp_path / "m.tflite", CONTEXT, PREFILL, experts="kernel")
+    model = Model.read(tmp_path / "m.tflite")
+    found = {code.customCode.decode() for code in model.t.operatorCodes if code.customCode}
+    assert fits == (kernel.SELF_ATTENTION in found) and kernel.MIXTURE in found
+    wanted = MobileMoE(source, Reference(source), 16)(torch.from_numpy(TOKENS)).numpy()
+    runtime = load(tmp_path / "m.tflite")
+    prefill, decode = (runtime.get_signature_runner(name) for name in ("prefill_8", "decode"))
+    kinds = lower.inputs(config, 1, LENGTH_OF_CALLS)
+    cache = {name: np.zeros(*kind) for name, kind in kinds.items() if name.startswith("kv_cache")}
+    cache = prefill(**inputs(0, TOKENS[:, :8]), **cache)
+    for position in range(8, 12):
+        cache = decode(**inputs(position, TOKENS[:, position : position + 1]), **cache)
+        assert np.abs(cache.pop("logits")[0, 0] - wanted[0, position]).max() < 1e-4
