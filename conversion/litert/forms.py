@@ -84,7 +84,7 @@ class Dense(Stock):
 
 
 class Kernel(Stock):
-    """The kernel's ops for what reads INT4 weights or, for one token, the cache; stock ops where none fits."""
+    """The kernel's ops for half a layer of one token and for INT4 products; stock ops where none fits."""
 
     markers = markers.KernelMarkers
 

@@ -131,7 +131,7 @@ const char* check_self_attention(const Op& op, const TfLiteTensor* t) {
   const AttentionShape s = attention_shape(op);
   const auto bytes = [&](int input) { return t[op.inputs[input]].bytes; };
   const size_t heads = s.heads * s.head_width, all = heads + 2 * s.groups * s.head_width;
-  if (!s.width || s.width % kBlock || !s.groups || !s.heads || s.heads % s.groups || s.head_width % 16 || heads % kBlock)
+  if (!s.width || s.width % kBlock || !heads || heads % kBlock || s.head_width % 16 || !s.groups || s.heads % s.groups)
     return "options must name a width of 32s, heads that groups divide, and a head width of 16s";
   if (bytes(2) != matrix_bytes(all, s.width) || bytes(3) != matrix_bytes(s.width, heads))
     return "a weight has another size than its options say; export the model again";

@@ -54,9 +54,10 @@ struct Part {
 
 void run_self_attention(const Isa& isa, const AttentionShape& s, const SelfAttention& c, int threads) {
   const int width = s.width, heads = s.heads, groups = s.groups, n = s.head_width, all = heads + 2 * groups;
-  Scratch<float> memory(width + static_cast<size_t>(3 * heads + 3 * groups) * n);
-  float *h = memory.take(width), *qkv = memory.take(static_cast<size_t>(all) * n);
-  float *turned = memory.take(static_cast<size_t>(heads + groups) * n), *seen = memory.take(static_cast<size_t>(heads) * n);
+  const size_t size = n;
+  Scratch<float> memory(width + (3 * heads + 3 * groups) * size);
+  float *h = memory.take(width), *qkv = memory.take(all * size);
+  float *turned = memory.take((heads + groups) * size), *seen = memory.take(heads * size);
 
   isa.norm(c.x, c.norm, width, s.epsilon, h);
   run_linear(isa, {static_cast<uint32_t>(all * n), s.width}, 1, h, c.qkv, qkv, threads);
