@@ -6,7 +6,8 @@ Times are from (x, ids, weights) to y, each form at its better number of threads
 
     dense     one feed-forward of width K*F; its weights stay in the processor's cache
     streamed  the same, but E/K of them in turn, so that weights come from where sparse ones come from
-    sparse    the routed experts: `experts.expand`, or with `experts="kernel"` the custom op
+    sparse    the routed experts: `experts.expand`, or with `experts="kernel"` the custom op for them (in a file's
+              decode they are in one op with norm, router and shared expert, which take time of their own)
     all       every expert on every token (`DenseExperts`); left out for long inputs, where it takes too long
 """
 

@@ -21,8 +21,8 @@ from ai_edge_litert import schema_py_generated as schema
 
 from conversion.bench_process import Texts
 from conversion.bench_runtime import Event, Runtime
-from conversion.kernel import EXPERTS, LINEAR, MIXTURE, NAMES, SELF_ATTENTION
-from conversion.readback import sections
+from conversion.kernel import EMBEDDING, NAMES
+from conversion.readback import kernel_weights, sections
 from moe_jax.errors import UserError
 from moe_jax.files import write_bytes
 
@@ -35,7 +35,6 @@ _PARTS = {"self_attn": "attention", "router": "router", "experts": "experts", "s
 _PARTS |= {"feed_forward": "shared expert"}  # of a dense model, which has nothing else
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _NODE, _DELEGATED = 2, (4, 8)
-_WEIGHT = {LINEAR: 1, SELF_ATTENTION: 2, EXPERTS: 3, MIXTURE: 4}  # whose name tells the layer
 Spot = tuple[int, str]  # layer (-1: none) and part
 Walk = list[tuple[Spot, Event]]
 
@@ -180,11 +179,11 @@ def _products(graph: Any, codes: Sequence[Any]) -> list[Spot]:
         op = graph.Operators(i)
         code = codes[op.OpcodeIndex()]
         name = (code.CustomCode() or b"").decode()
-        if name in _WEIGHT:
-            weight = graph.Tensors(op.Inputs(_WEIGHT[name]))
-            spots.append(_spot(weight.Name().decode()) or (-1, "head"))
-        elif name in NAMES:
+        if name == EMBEDDING:
             spots.append((-1, "embedding"))
+        elif name in NAMES:
+            (place, _), *_ = kernel_weights(name, op.CustomOptionsAsNumpy().tobytes())
+            spots.append(_spot(graph.Tensors(op.Inputs(place)).Name().decode()) or (-1, "head"))
         elif code.BuiltinCode() == schema.BuiltinOperator.FULLY_CONNECTED:
             weight = graph.Tensors(op.Inputs(1))
             if weight.Type() == schema.TensorType.INT4:

@@ -28,7 +28,7 @@ MASKED = -1e30  # added to the scores of positions that must not be seen; finite
 
 
 class Ops(Protocol):
-    """The primitives whose form in a file is its own business: INT4 weights, by name, and what reads the cache."""
+    """What may have its own form in a file: products of weights, by name, what reads the cache, half a layer."""
 
     def linear(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         """x [..., in] times the weights [out, in], one below the other: [..., sum of out]."""
@@ -108,7 +108,7 @@ class StaticCache:
 
 
 class Composed(Ops):
-    """The primitives that are made of ordinary tensor functions and a few others."""
+    """The halves of a layer, made of the other operations and of ordinary tensor functions."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -72,8 +72,9 @@ class KernelMarkers(Markers):
 
     def self_attention(self, layer: int, x: Tensor, norm: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
         """Marker of the first half of a layer for one token; else, and where heads do not fill lanes, its parts."""
-        if x.shape[1] > 1 or self.config.head_dim % LANES or not isinstance(cache, StaticCache):
+        if x.shape[1] > 1 or self.config.head_dim % LANES:
             return super().self_attention(layer, x, norm, around, cache)
+        cache = cast(StaticCache, cache)
         names = "+".join(f"model.layers.{layer}.self_attn.{part}_proj" for part in "qkvo")
         given = [*around[1:], cache.k[layer], cache.v[layer], cache.start]
         made = torch.ops.moe_jax.self_attention(x, norm, given, names)

@@ -22,13 +22,11 @@ void run_attention(const Isa& isa, const AttentionCall& c, int threads) {
   Pool::instance().run(c.groups * pieces, threads, [&](int item, int) {
     const int group = item / pieces, begin = item % pieces * kMostPositions;
     for (int row = 0; row < c.rows; row += kMostRows) {
-      const float* mask[kMostRows];
       const int rows = std::min(kMostRows, c.rows - row);
-      for (int r = 0; r < rows; r++) mask[r] = c.mask + static_cast<size_t>((row + r) % c.positions) * c.length + begin;
       const size_t at = static_cast<size_t>(item) * c.rows + row, of_piece = static_cast<size_t>(begin) * width;
       isa.attend({c.q + group * of_group + static_cast<size_t>(row) * width, c.k + group * of_cache + of_piece,
-                  c.v + group * of_cache + of_piece, mask, rows, width, std::min(kMostPositions, c.used - begin),
-                  outs + at * width, most + at, sums + at});
+                  c.v + group * of_cache + of_piece, c.mask + begin, rows, width,
+                  std::min(kMostPositions, c.used - begin), outs + at * width, most + at, sums + at});
     }
   });
 

@@ -1,7 +1,6 @@
-// Attention of one call over a cache of float32 that is read where it lies, and only as far as it is in use.
+// Attention of one token over a cache of float32 that is read where it lies, and only as far as it is in use.
 //
-// C cache length, G key/value heads, H head width, R rows of a group: its query heads one after the other, S
-// positions each.
+// C cache length, G key/value heads, H head width, R query heads of a group.
 #pragma once
 
 #include <cstddef>
@@ -9,11 +8,11 @@
 namespace moe_jax {
 
 struct AttentionCall {
-  int groups, rows, positions, width, length;  // G, R, S, H (a multiple of 16), C
-  int used;                                    // positions of the cache to look at, from the first on
-  const float *q, *k, *v;                      // [G, R, H], [G, C, H], [G, C, H]
-  const float* mask;                           // [S, C], added to the scores
-  float* out;                                  // [G, R, H]
+  int groups, rows, width, length;  // G, R, H (a multiple of 16), C
+  int used;                         // positions of the cache to look at, from the first on
+  const float *q, *k, *v;           // [G, R, H], [G, C, H], [G, C, H]
+  const float* mask;                // [C], added to the scores
+  float* out;                       // [G, R, H]
 };
 
 struct Isa;

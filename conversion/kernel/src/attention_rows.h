@@ -24,7 +24,7 @@ struct AttentionWork {
           const F key = E::load(c.k + static_cast<size_t>(p) * c.width + i + j * N);
           for (int r = 0; r < R; r++) sums[r].part[j] += key * E::load(c.q + r * c.width + i + j * N);
         }
-      for (int r = 0; r < R; r++) scores[r][p] = E::total(sums[r]) + c.mask[r][p];
+      for (int r = 0; r < R; r++) scores[r][p] = E::total(sums[r]) + c.mask[p];
     }
     for (int r = 0; r < R; r++) {
       float most = scores[r][0];

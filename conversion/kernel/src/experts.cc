@@ -64,8 +64,8 @@ bool run_experts(const Isa& isa, const Shape& s, const Call& call, int threads) 
   const int count = static_cast<int>(tiles.size());
 
   // With few tiles, as in decode, threads share the columns of a tile; else each takes whole tiles.
-  const int parts = count >= 4 * threads || threads == 1 ? 1 : std::min(8 * threads / count + 1, hidden / kColumns);
-  const bool whole = parts == 1;
+  const bool whole = count >= 4 * threads || threads == 1;
+  const int parts = whole ? 1 : column_runs(threads, count, hidden / kColumns);
 
   thread_local Buffers memory;
   const size_t row = isa.most_rows, slots = threads;

@@ -4,6 +4,7 @@
 // INT4 weights read where the file is mapped; each product rounds its input rows to INT8, as XNNPACK does.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -31,6 +32,9 @@ inline size_t expert_bytes(const Shape& s) {
 
 struct Isa;
 struct Rows;
+
+// In how many runs of columns threads take a product of which `count` are multiplied at once.
+inline int column_runs(int threads, int count, int groups) { return std::min(8 * threads / count + 1, groups); }
 
 // Columns 16 g to 16 (g + n) of h = act(gate x) * up x for each row x, to `to` (of the row's column 0), rows `stride`
 // apart. `scratch` holds 2 * 16 n floats for each row.

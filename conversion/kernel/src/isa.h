@@ -26,8 +26,8 @@ struct Rows {
 };
 
 struct RouteShape {
-  uint32_t width, experts, choices;  // D, E (at most kMostExperts), K
-  uint32_t softmax, normalise;       // scores by softmax instead of sigmoid; shares that sum to 1 before `factor`
+  uint32_t experts, choices;    // E (at most kMostExperts), K
+  uint32_t softmax, normalise;  // scores by softmax instead of sigmoid; shares that sum to 1 before `factor`
   float factor;
 };
 constexpr int kMostExperts = 1024;
@@ -35,7 +35,7 @@ constexpr int kMostExperts = 1024;
 // A few query rows against a piece of one group's cache: what is left of their softmax is a maximum and a sum.
 struct Piece {
   const float *q, *k, *v;   // [rows, width], [count, width], [count, width]
-  const float* const* mask;  // of each row: [count], added to its scores
+  const float* mask;        // [count], added to the scores
   int rows, width, count;   // width a multiple of 16, rows at most kMostRows, count at most kMostPositions
   float *out, *most, *sum;  // [rows, width], [rows], [rows]: sum of v * exp(score - most), and of the exponentials
 };

@@ -169,7 +169,7 @@ const char* do_self_attention(const Op& op, const TfLiteTensor* t, int threads) 
 
 MixtureShape mixture_shape(const Op& op) {
   const auto& o = op.options;
-  return {{o[0], o[1], o[2], o[3], o[4]}, {o[2], o[0], o[1], o[5], o[6], number(o[7])}, o[8], number(o[9])};
+  return {{o[0], o[1], o[2], o[3], o[4]}, {o[0], o[1], o[5], o[6], number(o[7])}, o[8], number(o[9])};
 }
 
 const char* check_mixture(const Op& op, const TfLiteTensor* t) {

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kRouterRows = 8;  // of the router that a thread takes at once
 
-// Memory that the calling thread keeps, cut into pieces of one type.
+// Memory that the calling thread keeps, cut into pieces of one type; what is called from here keeps its own.
 template <typename T>
 class Scratch {
  public:
@@ -46,8 +46,9 @@ void add(const Isa& isa, const float* x, int n, float* y) {
 struct Part {
   const uint8_t* weights;
   int hidden;
-  float* h;  // [hidden]
-  Rows rows;
+  float* h;        // [hidden]
+  uint8_t* codes;  // of h
+  Rows rows;       // which has one row, the codes
 };
 
 }  // namespace
@@ -70,7 +71,7 @@ void run_self_attention(const Isa& isa, const AttentionShape& s, const SelfAtten
     std::memcpy(c.k + at, turned + (heads + g) * n, n * sizeof(float));
     std::memcpy(c.v + at, qkv + (heads + groups + g) * n, n * sizeof(float));
   }
-  run_attention(isa, {groups, heads / groups, 1, n, c.length, c.position + 1, turned, c.k, c.v, c.mask, seen}, threads);
+  run_attention(isa, {groups, heads / groups, n, c.length, c.position + 1, turned, c.k, c.v, c.mask, seen}, threads);
   run_linear(isa, {s.width, static_cast<uint32_t>(heads * n)}, 1, seen, c.out, c.y, threads);
   add(isa, c.x, width, c.y);
 }
@@ -90,7 +91,7 @@ void run_mixture(const Isa& isa, const MixtureShape& s, const Mixture& c, int th
   for (int k = 0; k < count; k++) {
     parts[k].hidden = k < choices ? hidden : shared;
     parts[k].h = memory.take(parts[k].hidden);
-    parts[k].rows.codes[0] = bytes.take(parts[k].hidden);
+    parts[k].rows.codes[0] = parts[k].codes = bytes.take(parts[k].hidden);
     parts[k].rows.count = 1;
   }
   parts[choices].weights = c.shared;
@@ -107,9 +108,8 @@ void run_mixture(const Isa& isa, const MixtureShape& s, const Mixture& c, int th
     const int groups = part.hidden / kColumns, g = groups * run / of, n = groups * (run + 1) / of - g;
     gate_up(isa, part.weights, width, part.hidden, e.activation, row, g, n, products + slot * columns, part.h, 0);
   };
-  const auto runs = [&](int groups, int share) { return std::max(1, std::min(groups, 8 * threads / share + 1)); };
-
-  const int rows = (experts + kRouterRows - 1) / kRouterRows, first = shared ? runs(shared / kColumns, 1) : 0;
+  const int rows = (experts + kRouterRows - 1) / kRouterRows;
+  const int first = shared ? column_runs(threads, 1, shared / kColumns) : 0;
   pool.run(rows + first, threads, [&](int item, int slot) {
     if (item >= rows) return up(parts[choices], item - rows, first, slot);
     const int begin = item * kRouterRows;
@@ -122,14 +122,13 @@ void run_mixture(const Isa& isa, const MixtureShape& s, const Mixture& c, int th
   shares[choices] = 1;
   for (int k = 0; k < choices; k++) parts[k].weights = c.bank + ids[k] * expert_bytes(e);
 
-  const int second = runs(hidden / kColumns, choices);
+  const int second = column_runs(threads, choices, hidden / kColumns);
   pool.run(choices * second, threads,
            [&](int item, int slot) { up(parts[item / second], item % second, second, slot); });
   for (int k = 0; k < count; k++)
-    isa.quantize(parts[k].h, parts[k].hidden, const_cast<uint8_t*>(parts[k].rows.codes[0]), parts[k].rows.zero,
-                 parts[k].rows.inverse);
+    isa.quantize(parts[k].h, parts[k].hidden, parts[k].codes, parts[k].rows.zero, parts[k].rows.inverse);
 
-  const int groups = width / kColumns, third = runs(groups, 1);
+  const int groups = width / kColumns, third = column_runs(threads, 1, groups);
   pool.run(third, threads, [&](int item, int slot) {
     const int g = groups * item / third, n = groups * (item + 1) / third - g, at = g * kColumns, size = n * kColumns;
     const float* terms[65];

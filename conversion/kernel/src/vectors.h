@@ -37,7 +37,7 @@ struct Elements {
   using I = typename Vectors<N>::I;
   using B = typename Vectors<N>::B;
 
-  static MOE_JAX_INLINE F splat(float value) { return value - F{}; }  // adding would cost an addition
+  static MOE_JAX_INLINE F splat(float value) { return value - F{}; }  // x - 0 is x, 0 + x not for -0
 
   static MOE_JAX_INLINE F load(const float* from) {
     F v;
@@ -94,15 +94,19 @@ struct Elements {
     F v = sum.part[0];
     if constexpr (N == 4) v = (v + sum.part[2]) + (sum.part[1] + sum.part[3]);
     if constexpr (N == 8) v += sum.part[1];
-    if constexpr (N == 16) v += MOE_JAX_SHUFFLE(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    if constexpr (N == 16) v += MOE_JAX_SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    if constexpr (N == 16) v += MOE_JAX_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    if constexpr (N == 16) v += MOE_JAX_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-    if constexpr (N == 8) v += MOE_JAX_SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3);
-    if constexpr (N == 8) v += MOE_JAX_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5);
-    if constexpr (N == 8) v += MOE_JAX_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6);
-    if constexpr (N == 4) v += MOE_JAX_SHUFFLE(v, 2, 3, 0, 1);
-    if constexpr (N == 4) v += MOE_JAX_SHUFFLE(v, 1, 0, 3, 2);
+    if constexpr (N == 16) {
+      v += MOE_JAX_SHUFFLE(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+      v += MOE_JAX_SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+      v += MOE_JAX_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+      v += MOE_JAX_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    } else if constexpr (N == 8) {
+      v += MOE_JAX_SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3);
+      v += MOE_JAX_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5);
+      v += MOE_JAX_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6);
+    } else {
+      v += MOE_JAX_SHUFFLE(v, 2, 3, 0, 1);
+      v += MOE_JAX_SHUFFLE(v, 1, 0, 3, 2);
+    }
     return v[0];
   }
 
