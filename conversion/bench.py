@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +21,9 @@ from conversion.readback import Sections, sections
 from moe_jax.errors import UserError
 
 PREFILL, CONTEXTS = (128, 512, 1024), (256, 1024, 4096, 8192)
+# As llama-bench does. Each answer first costs LiteRT-LM 0.18.1 some 30 ms (Tasks::Decode lists a vocabulary of
+# 128,256 to learn its size), which in answers of 32 tokens was 10 to 15 % of a token of size S.
+DECODE = 128
 _TOUCH = 4  # tokens read between two measurements of writing; an engine writes only after it has read
 _SILENCE = 3.0  # seconds between two words on the progress
 Figures = dict[str, Any]
@@ -38,7 +40,7 @@ def bench(
     contexts: Sequence[int] = (),
     text: str = "stdlib:heldout",
     texts: int = 3,
-    decode: int = 32,
+    decode: int = 0,
     cache: str | Path | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> Figures:
@@ -51,21 +53,19 @@ def bench(
     `against` and `llama_cpp` the same for the others with `ratio`, ours over theirs.
 
     Each median is over `texts` pieces of the text (a path, a glob or a part of the embedded corpus), of `decode`
-    tokens where they are written. Prompts and contexts default to what of PREFILL and CONTEXTS fits the bundles.
+    tokens where they are written, by default DECODE or half of the shortest context. Prompts and contexts default
+    to what of PREFILL and CONTEXTS fits the bundles.
     Raises UserError for unreadable files or text, other tokenizers, or too long prompts.
     """
     parts = [sections(path) for path in (bundle, against) if path is not None]
     limit = min(part.metadata.max_num_tokens for part in parts)
-    room = (texts + 1) * (decode + _TOUCH)
     prefill = sorted(prefill) or [n for n in PREFILL if n < limit] or [limit // 2]
     contexts = sorted(contexts) or [n for n in CONTEXTS if n <= limit] or [limit]
     if prefill[0] < 2 or max(prefill) >= limit or max(contexts) > limit:
         raise UserError(f"prompts of {prefill} and contexts of {contexts} exceed the bundle's context of {limit}")
-    if any(later - earlier <= room for earlier, later in pairwise([0, *contexts])):
-        raise UserError(
-            f"{texts} texts take {room} tokens, which is more than lies between contexts {[0, *contexts]}; ask for "
-            "others, or for fewer --decode or --texts"
-        )
+    decode = decode or min(DECODE, contexts[0] // 2)
+    if not 0 < decode < contexts[0] - _TOUCH - 1:
+        raise UserError(f"a context of {contexts[0]} does not hold answers of {decode} tokens; lower --decode")
     if llama_cpp is not None:
         _require_llama(llama_cpp)
     cut = Texts(text, parts[0].tokenizer)
@@ -135,16 +135,18 @@ class _Work:
                         found[candidate]["prefill_tok_s"][length].append(reply["tokens"] / reply["seconds"])
                         found[candidate]["ttft_by_prompt_s"][length].append(reply["ttft"])
                     self._tell(length, f"prompts of {length}")
-        for candidate in candidates:
-            candidate.ask("start", decode=self._decode)
-        begun = 0
+        self._ask(candidates, 0, "start", decode=self._decode)
+        turn, begun = self._decode + _TOUCH, 0
         for context in self._contexts:
-            goal = context - self._rounds * (self._decode + _TOUCH)
-            for piece in self._texts.way(begun, goal - begun):
-                for candidate in candidates:
-                    candidate.ask("read", **piece)
-                    self._tell(len(piece["ids"]) * (1 + context / 4096), f"on the way to context {context}")
+            # One text for all rounds, because the way is long, or where they do not fit one for each.
+            goal = context - self._rounds * turn
+            prompts = self._texts.prompts(context - turn, self._rounds) if goal <= begun else []
+            for piece in [] if prompts else self._texts.way(begun, goal - begun):
+                self._ask(candidates, context, "read", **piece)
             for number, piece in enumerate(self._texts.pieces(_TOUCH, self._rounds)):
+                if prompts:
+                    self._ask(candidates, context, "start", decode=self._decode)
+                    self._ask(candidates, context, "read", **prompts[number])
                 ids = self._texts.pieces(self._decode, self._rounds)[number]["ids"]
                 for candidate in candidates:
                     candidate.ask("read", **piece)
@@ -155,11 +157,13 @@ class _Work:
             begun = context
             for candidate, figures in found.items():
                 if not figures["decode_tok_s"][context]:
-                    raise UserError(
-                        f"{candidate.path} ended its answer at once wherever it was to write at context {context}; "
-                        "ask for more --texts"
-                    )
+                    raise UserError(f"{candidate.path} wrote nothing at context {context}; ask for more --texts")
         return {candidate: _medians(candidate, figures) for candidate, figures in found.items()}
+
+    def _ask(self, candidates: Sequence[Candidate], context: int, do: str, **order: Any) -> None:
+        for candidate in candidates:
+            candidate.ask(do, **order)
+            self._tell(len(order.get("ids", ())) * (1 + context / 4096), f"on the way to context {context}")
 
     def _tell(self, tokens: float, what: str) -> None:
         self._done += tokens

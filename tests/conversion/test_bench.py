@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,25 @@ def test_ratios_are_ours_over_theirs_and_every_figure_has_its_length(exported, s
 
 
 @KINDS
+def test_contexts_that_do_not_hold_all_rounds_are_reached_afresh(exported, source, tmp_path, monkeypatch):
+    asked, ask = [], Candidate.ask
+
+    def noted(self, do, **order):
+        asked.append((do, order))
+        return ask(self, do, **order)
+
+    monkeypatch.setattr(Candidate, "ask", noted)
+    options: Any = SMALL | {"contexts": [14, 48], "decode": 8}
+    result = bench.bench(exported.bundle, text=source, cache=tmp_path, **options)
+    assert set(result["decode_tok_s"]) == {14, 48}
+    ends, length = [], 0  # of the text whenever an answer is written
+    for do, order in asked:
+        length = 0 if do in ("start", "prefill") else length + len(order["ids"])
+        ends += [length] if do == "write" else []
+    assert ends == [14, 14, 36, 48]
+
+
+@KINDS
 def test_a_model_reads_and_writes_as_many_tokens_as_it_is_asked_to(exported, source, tmp_path):
     texts = Texts(source, exported.tokenizer)
     with Candidate("litert", exported.bundle, 1, str(tmp_path)) as model:
@@ -71,7 +91,7 @@ def test_a_process_that_dies_is_named(exported, tmp_path):
 @KINDS
 @pytest.mark.parametrize(
     ("changed", "sentence"),
-    [({"prefill": [64]}, "of 64"), ({"contexts": [65]}, "of 64"), ({"contexts": [24, 30]}, "16 tokens")],
+    [({"prefill": [64]}, "of 64"), ({"contexts": [65]}, "of 64"), ({"decode": 20}, "answers of 20")],
 )  # fmt: skip
 def test_what_does_not_fit_is_said_before_anything_is_loaded(exported, changed, sentence):
     with pytest.raises(UserError, match=sentence):
@@ -102,7 +122,7 @@ class Silent(Candidate):
 @KINDS
 def test_a_model_that_writes_nothing_is_named(exported, source):
     texts = Texts(source, exported.tokenizer)
-    with pytest.raises(UserError, match=r"m\.litertlm ended its answer at once .* context 24"):
+    with pytest.raises(UserError, match=r"m\.litertlm wrote nothing at context 24"):
         bench._Work(texts, [8], [24], 1, 4, print).run([Silent()])
 
 
