@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +26,7 @@ PREFILL, CONTEXTS = (128, 512, 1024), (256, 1024, 4096, 8192)
 # 128,256 to learn its size), which in answers of 32 tokens was 10 to 15 % of a token of size S.
 DECODE = 128
 _TOUCH = 4  # tokens read between two measurements of writing; an engine writes only after it has read
+_WRITTEN = 6  # about what a token that is written costs over one that is read
 _SILENCE = 3.0  # seconds between two words on the progress
 Figures = dict[str, Any]
 Series = defaultdict[str, defaultdict[int, list[float]]]
@@ -123,9 +125,9 @@ class _Work:
 
     def run(self, candidates: Sequence[Candidate]) -> dict[Candidate, Figures]:
         """Measure all; {candidate: its medians}."""
-        self._all = len(candidates) * (
-            self._rounds * sum(self._prefill) + self._contexts[-1] * (1 + self._contexts[-1] / 8192)
-        )
+        written = self._rounds * self._decode * _WRITTEN
+        steps = ((end - begun + written) * _effort(end) for begun, end in pairwise([0, *self._contexts]))
+        self._all = len(candidates) * (self._rounds * sum(self._prefill) + sum(steps))
         found: dict[Candidate, Series] = {c: defaultdict(lambda: defaultdict(list)) for c in candidates}
         for length in self._prefill:
             for number, prompt in enumerate(self._texts.prompts(length, self._rounds)):
@@ -136,8 +138,8 @@ class _Work:
                         found[candidate]["ttft_by_prompt_s"][length].append(reply["ttft"])
                     self._tell(length, f"prompts of {length}")
         self._ask(candidates, 0, "start", decode=self._decode)
-        turn, begun = self._decode + _TOUCH, 0
-        for context in self._contexts:
+        turn = self._decode + _TOUCH
+        for begun, context in pairwise([0, *self._contexts]):
             # One text for all rounds, because the way is long, or where they do not fit one for each.
             goal = context - self._rounds * turn
             prompts = self._texts.prompts(context - turn, self._rounds) if goal <= begun else []
@@ -153,17 +155,15 @@ class _Work:
                     reply = candidate.ask("write", ids=ids)
                     if number and reply["seconds"]:
                         found[candidate]["decode_tok_s"][context].append(reply["tokens"] / reply["seconds"])
-                    self._tell(self._decode, f"writing at context {context}")
-            begun = context
-            for candidate, figures in found.items():
-                if not figures["decode_tok_s"][context]:
-                    raise UserError(f"{candidate.path} wrote nothing at context {context}; ask for more --texts")
+                    self._tell(self._decode * _WRITTEN * _effort(context), f"writing at context {context}")
+            if silent := [c.path for c, figures in found.items() if not figures["decode_tok_s"][context]]:
+                raise UserError(f"{silent[0]} wrote nothing at context {context}; ask for more --texts")
         return {candidate: _medians(candidate, figures) for candidate, figures in found.items()}
 
     def _ask(self, candidates: Sequence[Candidate], context: int, do: str, **order: Any) -> None:
         for candidate in candidates:
             candidate.ask(do, **order)
-            self._tell(len(order.get("ids", ())) * (1 + context / 4096), f"on the way to context {context}")
+            self._tell(len(order.get("ids", ())) * _effort(context), f"on the way to context {context}")
 
     def _tell(self, tokens: float, what: str) -> None:
         self._done += tokens
@@ -172,6 +172,11 @@ class _Work:
             self._said = now
             left = (now - self._begun) * max(self._all / self._done - 1, 0)
             self._say(f"{what} ({f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left)")
+
+
+def _effort(context: int) -> float:
+    """About what a token at a context costs over one at the start."""
+    return 1 + context / 4096
 
 
 def _medians(candidate: Candidate, found: Series) -> Figures:
