@@ -10,8 +10,10 @@
 #define MOE_JAX_INLINE __attribute__((always_inline)) inline
 #if defined(__clang__)
 #define MOE_JAX_SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#define MOE_JAX_PICK(v, w, ...) __builtin_shufflevector(v, w, __VA_ARGS__)
 #else
 #define MOE_JAX_SHUFFLE(v, ...) __builtin_shuffle(v, I{__VA_ARGS__})
+#define MOE_JAX_PICK(v, w, ...) __builtin_shuffle(v, w, I{__VA_ARGS__})
 #endif
 
 namespace moe_jax {
@@ -37,7 +39,13 @@ struct Elements {
   using I = typename Vectors<N>::I;
   using B = typename Vectors<N>::B;
 
-  static MOE_JAX_INLINE F splat(float value) { return value - F{}; }  // x - 0 is x, 0 + x not for -0
+  static MOE_JAX_INLINE F splat(float value) {
+#if defined(__clang__)
+    return value - F{};  // x - 0 is x, 0 + x not for -0
+#else
+    return __builtin_shuffle(F{value}, I{});  // from the above GCC makes an insertion for each lane
+#endif
+  }
 
   static MOE_JAX_INLINE F load(const float* from) {
     F v;
@@ -108,6 +116,32 @@ struct Elements {
       v += MOE_JAX_SHUFFLE(v, 1, 0, 3, 2);
     }
     return v[0];
+  }
+
+  // `total` of kTogether sums at once, in the same order, with half of the shuffles or fewer.
+  static constexpr int kTogether = N / 4;
+  static MOE_JAX_INLINE void totals(const Sum* sums, float* to) {
+    if constexpr (N == 16) {
+      const F a = sums[0].part[0], b = sums[1].part[0], c = sums[2].part[0], d = sums[3].part[0];
+      const F ab = MOE_JAX_PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                   MOE_JAX_PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+      const F cd = MOE_JAX_PICK(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                   MOE_JAX_PICK(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+      F v = MOE_JAX_PICK(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+            MOE_JAX_PICK(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+      v += MOE_JAX_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+      v += MOE_JAX_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+      v = MOE_JAX_SHUFFLE(v, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+      std::memcpy(to, &v, 4 * sizeof(float));
+    } else if constexpr (N == 8) {
+      const F a = sums[0].part[0] + sums[0].part[1], b = sums[1].part[0] + sums[1].part[1];
+      F v = MOE_JAX_PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + MOE_JAX_PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+      v += MOE_JAX_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5);
+      v += MOE_JAX_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6);
+      to[0] = v[0], to[1] = v[4];
+    } else {
+      to[0] = total(sums[0]);
+    }
   }
 
   // Of n products, a multiple of 16.
