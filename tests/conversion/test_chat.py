@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
 import sys
 
@@ -37,7 +36,7 @@ class Interrupting(io.StringIO):
     def write(self, text: str) -> int:
         if not self.rung:
             self.rung = True
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # in this thread: an engine thread would be late when busy
         return super().write(text)
 
 
