@@ -55,7 +55,7 @@ def _add_bench(commands: Any) -> None:
     )
     sub.add_argument("--prefill", type=lengths, default=(), help="tokens of prompts (default 128,512,1024)")
     sub.add_argument("--contexts", type=lengths, default=(), help="where to write (default 256,1024,4096,8192)")
-    sub.add_argument("--decode", type=int, default=0, help="tokens of an answer (default 128)")
+    sub.add_argument("--decode", type=int, default=0, help="tokens of an answer (default 128, or half a context)")
     sub.add_argument("--texts", type=int, default=3, help="pieces of text, each a round of all models")
     sub.add_argument("--text", default="stdlib:heldout", help="path, glob or part of the corpus")
     sub.add_argument("--threads", type=int, default=2, help="most threads; every number up to it is measured")
