@@ -9,11 +9,11 @@ import importlib
 import inspect
 import json
 import pkgutil
-from pathlib import Path
 from types import FunctionType
 
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
+from moe_jax.files import location
 from moe_jax.overrides import apply, from_dict, nearest
 
 
@@ -77,7 +77,7 @@ def load(name: str, overrides: list[str] | None = None) -> RunConfig:
     if not name.endswith(".json"):
         return apply(get(name), overrides or [])
     try:
-        data = json.loads(Path(name).read_text())
-    except (OSError, ValueError) as error:
+        data = json.loads(location(name).read_text())
+    except Exception as error:  # what gcsfs raises is of many kinds
         raise UserError(f"{name} cannot be read as JSON ({error}); name a registered config") from None
     return apply(from_dict(RunConfig, data), overrides or [])

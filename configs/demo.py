@@ -79,7 +79,7 @@ def demo_pretrain() -> RunConfig:
 
 
 def demo_midtrain() -> RunConfig:
-    """Demo, stage 2 of 4: twice the sequence, a tenth of it conversations, rate decaying to zero.
+    """Demo, stage 2 of 4: twice the sequence, a tenth of it conversations, rate decaying to a tenth.
 
     Run: python -m moe_jax train demo_midtrain --run runs/mine/midtrain init_from=runs/mine/pretrain
     Expect: loss a little below the end of stage 1.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import configs
-from moe_jax.command_line import add_command, add_json, add_overrides, guarded, make_parser, parse
+from moe_jax.command_line import add_command, add_json, add_overrides, at_least, guarded, make_parser, parse, top_p
 from moe_jax.errors import UserError
 from moe_jax.files import location, write_json
 
@@ -89,10 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run", help="run folder")
     sub.add_argument("--prompt", required=True, help="text to go on from, or the question")
     sub.add_argument("--chat", action="store_true", help="put the prompt in the chat format")
-    sub.add_argument("--max-tokens", type=int, default=64)
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    sub.add_argument("--top-p", type=float, default=1.0)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--max-tokens", type=at_least(1), default=64)
+    sub.add_argument("--temperature", type=at_least(0, float), default=0.0, help="0 takes the likeliest token")
+    sub.add_argument("--top-p", type=top_p, default=1.0)
+    sub.add_argument("--seed", type=at_least(0), default=0)
 
     sub = add(
         "tokenizer",
@@ -110,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo_sft --batch 3 --row 0",
         True,
     )
-    sub.add_argument("--batch", type=int, default=0)
-    sub.add_argument("--row", type=int, default=0)
+    sub.add_argument("--batch", type=at_least(0), default=0)
+    sub.add_argument("--row", type=at_least(0), default=0)
     return parser
 
 
@@ -168,8 +168,6 @@ def _inspect(arguments: Any) -> None:
 
 
 def _generate(arguments: Any) -> None:
-    if arguments.max_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
-        raise UserError("--max-tokens must be 1 or more, --temperature 0 or more, --top-p in (0, 1]")
     from moe_jax.data.chat import render_ids
     from moe_jax.data.tokenizer import Tokenizer
     from moe_jax.generate import Generator
@@ -209,7 +207,7 @@ def _batch(arguments: Any) -> None:
 
     cfg = configs.load(arguments.config, arguments.overrides)
     tokenizer = Tokenizer.load(cfg.data.tokenizer)
-    if not 0 <= arguments.row < cfg.data.global_batch_size or arguments.batch < 0:
+    if arguments.row >= cfg.data.global_batch_size:
         raise UserError(f"--row must lie below data.global_batch_size {cfg.data.global_batch_size}")
     color = sys.stdout.isatty()
     print(inspect_batch(cfg.data, tokenizer, arguments.batch, arguments.row, color))

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_jax.errors import MISTAKEN, PREEMPTED, Preempted, UserError
 
-_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+# Not ENOENT: a file that the program itself should have made is a fault of ours, and keeps its traceback.
+_MENDABLE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "mend the access, or name another place"),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST), "name another place"),
+}
 
 
 def make_parser(program: str, description: str, examples: str) -> tuple[argparse.ArgumentParser, Any]:
@@ -47,6 +53,30 @@ def add_overrides(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("overrides", nargs="*", help="dotted.name=value", metavar="OVERRIDE")
 
 
+def at_least(least: float, kind: type[int] | type[float] = int) -> Callable[[str], Any]:
+    """A type of option: a finite number from `least` on, for `add_argument`."""
+
+    def parse_number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            whole = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {whole} of {least} or more")
+        return value
+
+    return parse_number
+
+
+def top_p(text: str) -> float:
+    """A type of option: a share of the probability, above 0 and at most 1."""
+    value = at_least(0, float)(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and at most 1")
+    return value
+
+
 def add_json(sub: argparse.ArgumentParser) -> None:
     """Let the command write what it found."""
     sub.add_argument("--json", metavar="PATH", help="write the numbers here as well")
@@ -79,5 +109,6 @@ def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
     except OSError as error:
         if error.errno not in _MENDABLE:
             raise
-        print(f"error: {error.strerror}: {error.filename}; make room or mend it", file=sys.stderr, flush=True)
+        mend = _MENDABLE[error.errno]
+        print(f"error: {error.filename2 or error.filename}: {error.strerror}; {mend}", file=sys.stderr, flush=True)
     return MISTAKEN

@@ -6,7 +6,8 @@ Values that follow from others (parameter counts, steps from tokens, tiles from 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 from moe_jax.errors import UserError
 
@@ -16,6 +17,18 @@ REMAT_POLICIES = ("nothing", "full", "save_attention", "save_dispatch")
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _positive(prefix: str, options: object, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        _require(0 < value < math.inf, f"{prefix}{name} is {value}; it must be positive")
+
+
+def _not_negative(prefix: str, options: object, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        _require(0 <= value < math.inf, f"{prefix}{name} is {value}; it must be 0 or positive")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -29,6 +42,9 @@ class RopeConfig:
     theta: float = 500_000.0
     factor: float = 16.0  # pairs with a wavelength above the original context turn this much slower
     original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        _positive("model.rope.", self, "theta", "factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -58,10 +74,9 @@ class MoEConfig:
             f"moe.num_experts_per_tok is {self.num_experts_per_tok}; it must lie between 1 and "
             f"moe.num_experts ({self.num_experts})",
         )
-        _require(self.expert_width > 0, "moe.expert_width must be positive")
-        _require(self.shared_expert_width >= 0, "moe.shared_expert_width must be 0 (off) or positive")
-        _require(self.capacity_factor > 0, "moe.capacity_factor must be positive")
-        _require(self.buffer_factor >= 0, "moe.buffer_factor must be 0 (hold everything) or positive")
+        _positive("model.moe.", self, "expert_width", "routed_scaling_factor", "capacity_factor")
+        _not_negative("model.moe.", self, "shared_expert_width", "bias_update_rate", "router_z_loss", "aux_loss")
+        _not_negative("model.moe.", self, "buffer_factor")
 
     @staticmethod
     def fine_grained(
@@ -108,14 +123,18 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _one_of("model.activation", self.activation, ("silu", "gelu_tanh"))
-        for name in ("num_layers", "d_model", "num_heads", "num_kv_heads", "vocab_size", "ffn_width"):
-            _require(getattr(self, name) > 0, f"model.{name} must be positive")
+        _positive("model.", self, "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+        _positive("model.", self, "max_position_embeddings", "ffn_width", "norm_eps", "init_scale")
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}; "
             f"use {-(-self.num_heads // self.num_kv_heads) * self.num_kv_heads}",
         )
         _require(self.head_dim % 2 == 0, f"model.head_dim {self.head_dim} is odd; RoPE rotates pairs")
+
+    def dropless(self) -> ModelConfig:
+        """The same model where no expert is ever full: in use, a token's answer must not hang on its neighbours."""
+        return self if self.moe is None else replace(self, moe=replace(self.moe, dispatch="dropless"))
 
     @property
     def output_init_scale(self) -> float:
@@ -161,7 +180,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _one_of("source.kind", self.kind, ("text", "chat"))
-        _require(self.weight > 0, f"source.weight of {self.path!r} must be positive")
+        _require(0 < self.weight < math.inf, f"source.weight of {self.path!r} must be positive")
 
 
 @dataclass(frozen=True)
@@ -180,9 +199,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(len(self.sources) > 0, "data.sources is empty; name at least one source")
         _require(self.seq_len > 1, f"data.seq_len is {self.seq_len}; it must be at least 2")
-        _require(self.global_batch_size > 0, "data.global_batch_size must be positive")
+        _positive("data.", self, "global_batch_size")
         _require(0 <= self.seed < 2**32, f"data.seed is {self.seed}; it must lie in 0..2**32-1")
-        _require(self.max_bytes >= 0, "data.max_bytes must be 0 (all) or positive")
+        _not_negative("data.", self, "max_bytes")
 
 
 @dataclass(frozen=True)
@@ -197,13 +216,20 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices only: norms are exempt
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # of all gradients together; a large one never clips
     offload: bool = False  # keep the moments in the host's memory between steps
 
     def __post_init__(self) -> None:
         _one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
-        _require(self.learning_rate > 0, "optimizer.learning_rate must be positive")
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
+        _positive("optimizer.", self, "learning_rate", "eps", "clip_norm")
+        _not_negative("optimizer.", self, "warmup_steps", "weight_decay")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name} is {value}; it must be at least 0 and below 1")
+        _require(
+            0 <= self.final_fraction <= 1,
+            f"optimizer.final_fraction is {self.final_fraction}; it must lie between 0 and 1",
+        )
 
 
 @dataclass(frozen=True)
@@ -230,13 +256,8 @@ class CheckpointConfig:
     heldout_batches: int = 16  # of data.heldout that keep_best looks at, at most
 
     def __post_init__(self) -> None:
-        _require(self.every_steps > 0, "checkpoint.every_steps must be positive")
-        _require(self.keep > 0, "checkpoint.keep must be positive")
-        _require(
-            self.every_minutes >= 0 and self.keep_every >= 0,
-            "checkpoint.every_minutes and checkpoint.keep_every must be 0 (off) or positive",
-        )
-        _require(self.heldout_batches > 0, "checkpoint.heldout_batches must be positive")
+        _positive("checkpoint.", self, "every_steps", "keep", "heldout_batches")
+        _not_negative("checkpoint.", self, "every_minutes", "keep_every")
 
 
 @dataclass(frozen=True)
@@ -251,11 +272,10 @@ class GuardConfig:
     def __post_init__(self) -> None:
         _one_of("guard.on_bad_step", self.on_bad_step, ("stop", "skip"))
         _require(
-            self.spike_factor == 0 or self.spike_factor > 1,
+            self.spike_factor == 0 or 1 < self.spike_factor < math.inf,
             f"guard.spike_factor is {self.spike_factor}; it must be 0 (off) or above 1",
         )
-        _require(self.max_skipped >= 0, "guard.max_skipped must not be negative")
-        _require(self.hang_minutes >= 0, "guard.hang_minutes must be 0 (never) or positive")
+        _not_negative("guard.", self, "max_skipped", "hang_minutes")
 
 
 @dataclass(frozen=True)
@@ -282,7 +302,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         _one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         _one_of("remat", self.remat, REMAT_POLICIES)
-        _require(self.steps > 0, "steps must be positive")
+        _positive("", self, "steps", "loss_chunk", "log_every")
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in 0..2**32-1")
+        _require(
+            len(self.data.heldout) > 0 or not self.checkpoint.keep_best,
+            "checkpoint.keep_best needs held-out text; name a source in data.heldout or switch it off",
+        )
         _require(
             self.gradient_accumulation > 0 and self.data.global_batch_size % self.gradient_accumulation == 0,
             f"data.global_batch_size {self.data.global_batch_size} is not a multiple of "

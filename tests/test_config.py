@@ -13,7 +13,7 @@ from moe_jax.config import (
     SourceConfig,
 )
 from moe_jax.errors import UserError
-from moe_jax.overrides import option_names
+from moe_jax.overrides import apply, option_names
 
 # A new option is a decision: does it not follow from what is here? Then add it to this list.
 OPTIONS = """
@@ -127,7 +127,7 @@ def test_fine_grained_experts_follow_the_papers_trade():
         (lambda: DataConfig(seq_len=1), "at least 2"),
         (lambda: OptimizerConfig(schedule="step"), "cosine, linear, constant"),
         (lambda: CheckpointConfig(keep=0), "positive"),
-        (lambda: MoEConfig(buffer_factor=-1), "0 \\(hold everything\\) or positive"),
+        (lambda: MoEConfig(buffer_factor=-1), "0 or positive"),
         (lambda: RunConfig(remat="some"), "nothing, full, save_attention, save_dispatch"),
         (lambda: RunConfig(gradient_accumulation=7), "not a multiple"),
         (lambda: RunConfig(data=DataConfig(seq_len=16384)), "max_position_embeddings"),
@@ -137,3 +137,25 @@ def test_fine_grained_experts_follow_the_papers_trade():
 def test_a_wrong_value_is_one_sentence_with_the_mend(build, words):
     with pytest.raises(UserError, match=words):
         build()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.clip_norm=0", "optimizer.clip_norm=-1", "optimizer.eps=0", "optimizer.b1=-0.1",
+        "optimizer.b2=1.0", "optimizer.weight_decay=-1", "optimizer.final_fraction=-1",
+        "optimizer.learning_rate=nan",
+        "model.moe.bias_update_rate=-1", "model.moe.router_z_loss=-1", "model.moe.aux_loss=inf",
+        "model.moe.capacity_factor=inf", "model.moe.routed_scaling_factor=0", "model.rope.factor=0",
+        "model.rope.theta=-1", "model.head_dim=0", "model.norm_eps=-1", "log_every=0", "loss_chunk=0",
+        "loss_chunk=-4", "seed=99999999999999999999", "checkpoint.every_minutes=inf", "guard.spike_factor=nan",
+    ],
+)  # fmt: skip
+def test_a_value_that_would_train_wrongly_or_crash_later_is_refused_by_name(override):
+    with pytest.raises(UserError, match=rf"^{override.partition('=')[0].replace('.', '[.]')} is .*must"):
+        apply(RunConfig(), [override])
+
+
+def test_the_best_checkpoint_cannot_be_found_without_heldout_text():
+    with pytest.raises(UserError, match=r"data\.heldout"):
+        RunConfig(data=DataConfig(heldout=()), checkpoint=CheckpointConfig(keep_best=True))

@@ -10,7 +10,7 @@ from moe_jax.paths import unflatten_paths
 
 
 def make_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0, then cosine or linear decay to `final_fraction`."""
+    """Learning rate by step: linear warm-up, then cosine or linear decay to `final_fraction`."""
     end = cfg.learning_rate * cfg.final_fraction
     rest = max(1, steps - cfg.warmup_steps)
     after = {
