@@ -16,14 +16,19 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moe_jax.parallel.mesh import LANES
 from moe_jax.parallel.rules import BATCH_AXES
 
-BLOCK = 512
+BLOCK = 512  # small enough to skip most of the causal triangle, large enough to fill the MXU
+
+
+def _block(length: int) -> int:
+    """The largest size up to BLOCK that divides a length."""
+    return next((size for size in range(BLOCK, 0, -LANES) if length % size == 0), length)
 
 
 def _block_sizes(queries: int, keys: int) -> BlockSizes:
-    """Blocks of 512: small enough to skip most of the causal triangle, large enough to fill the MXU."""
-    q, kv = min(BLOCK, queries), min(BLOCK, keys)
+    q, kv = _block(queries), _block(keys)
     return BlockSizes(
         block_q=q, block_kv=kv, block_kv_compute=kv,
         block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv,
@@ -45,7 +50,7 @@ def splash_attention(
 
     Causality goes by place in the row, which within a document is the order of positions. Queries are cut
     over `context`, keys and values are gathered over it: a device works on its own rows of the triangle.
-    The sequence must be a multiple of 128 per device.
+    The sequence must be a multiple of LANES per device.
     """
     length, shards = q_BNHS.shape[3], mesh.shape["context"]
     heads = q_BNHS.shape[1] // mesh.shape["tensor"]

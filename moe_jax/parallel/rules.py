@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
+from moe_jax.parallel.mesh import LANES, platform
 
 # Logical axis -> mesh axes. Parameters are cut along d_model by fsdp, experts by expert, heads, shared
 # experts and vocabulary by tensor; a batch is cut by every other axis, since an expert group also sees its
@@ -54,6 +55,11 @@ def check_divisible(cfg: RunConfig, mesh: Mesh) -> None:
     model, sizes = cfg.model, mesh.shape
     _check(sizes, "fsdp", {"d_model": model.d_model})
     _check(sizes, "context", {"data.seq_len": cfg.data.seq_len})
+    if platform(mesh) == "tpu" and cfg.data.seq_len % (LANES * sizes["context"]):
+        raise UserError(
+            f"data.seq_len {cfg.data.seq_len} over mesh.context={sizes['context']} is no multiple of {LANES} per "
+            f"device, as attention on TPU needs; use a multiple of {LANES * sizes['context']}"
+        )
     cut_by_tensor = {
         "num_heads": model.num_heads,
         "num_kv_heads": model.num_kv_heads,

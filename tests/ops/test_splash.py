@@ -6,12 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from launch.fit_compile import devices_of
+from launch.slices import parse_slice
 from moe_jax.config import MeshConfig
 from moe_jax.ops import splash as module
 from moe_jax.ops.attention import attention, causal_mask
 from moe_jax.ops.splash import splash_attention
+from moe_jax.parallel.mesh import LANES, make_mesh
 from tests.tiny import mesh_of, quick
 
 BATCH, HEADS, GROUPS, WIDTH, LENGTH = 2, 4, 2, 32, 512
@@ -48,6 +53,28 @@ def value_and_gradients(function, q, k, v, segments, grad):
         return value, *transpose(grad)
 
     return quick(run)(q, k, v, segments, grad)
+
+
+@given(st.integers(1, 64))
+def test_blocks_divide_every_sequence_of_whole_registers(registers):
+    length = LANES * registers
+    block = module._block(length)
+    assert length % block == 0 and block % LANES == 0 and LANES <= block <= module.BLOCK
+    assert block == module.BLOCK or length % module.BLOCK
+
+
+def test_a_sequence_of_odd_registers_compiles_for_tpu():
+    mesh = make_mesh(MeshConfig(fsdp=-1), devices_of(parse_slice("v5e-4"), 1))
+    shapes = [(4, HEADS, WIDTH, 640), (4, GROUPS, WIDTH, 640), (4, GROUPS, WIDTH, 640)]
+    where = NamedSharding(mesh, PartitionSpec("fsdp"))
+    q, k, v = (jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where) for shape in shapes)
+    segments = jax.ShapeDtypeStruct((4, 640), jnp.int32, sharding=where)
+
+    def total(q, k, v, segments):
+        return splash_attention(q, k, v, segments, mesh).astype(jnp.float32).sum()
+
+    text = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(q, k, v, segments).compile().as_text()
+    assert "splash_mha_dkv" in text
 
 
 @pytest.mark.parametrize(

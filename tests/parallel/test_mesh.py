@@ -5,9 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
-from moe_jax.config import MeshConfig
+from moe_jax.config import DataConfig, MeshConfig
 from moe_jax.errors import UserError
 from moe_jax.parallel import mesh as module
 from moe_jax.parallel.mesh import AXES, make_mesh, platform, single_device_mesh
@@ -96,15 +97,16 @@ def test_a_mesh_that_cannot_cut_the_model_is_refused_with_the_sizes_that_can(axe
     assert message == f"{what} does not divide over mesh.{axis}={axes[axis]}; use one of {divisors}"
 
 
-def without_devices(cfg: MeshConfig) -> Any:
-    """A mesh as far as its sizes go."""
-    return SimpleNamespace(shape={axis: getattr(cfg, axis) for axis in AXES})
+def described(cfg: MeshConfig, platform: str = "cpu") -> Any:
+    """A mesh as far as its sizes and the kind of its devices go."""
+    devices = np.array([SimpleNamespace(platform=platform)])
+    return SimpleNamespace(shape={axis: getattr(cfg, axis) for axis in AXES}, devices=devices)
 
 
-def refusal(cfg):
+def refusal(cfg, platform="cpu"):
     """What `check_divisible` says of the mesh of this run."""
     with pytest.raises(UserError) as caught:
-        check_divisible(cfg, without_devices(cfg.mesh))
+        check_divisible(cfg, described(cfg.mesh, platform))
     return str(caught.value)
 
 
@@ -125,12 +127,26 @@ def test_what_a_refusal_suggests_is_taken():
     for axes in ({"expert": 6, "data": 4}, {"fsdp": 8}, {"context": 8, "tensor": 2}, {"data": 8}):
         cfg = run_config(mesh=sizes(**axes))
         cfg = replace(cfg, data=replace(cfg.data, global_batch_size=24))
-        check_divisible(cfg, without_devices(cfg.mesh))
+        check_divisible(cfg, described(cfg.mesh))
 
 
 def test_only_the_sequences_of_a_microbatch_are_cut():
     cfg = run_config(mesh=sizes(data=8), gradient_accumulation=2)
     assert refusal(cfg).startswith("sequences per microbatch 4 does not divide over mesh data = 8")
+
+
+def test_attention_on_tpu_needs_a_sequence_of_whole_registers_on_each_device():
+    def of(length, **axes):
+        data = DataConfig(seq_len=length, global_batch_size=8)
+        model = replace(MOE, max_position_embeddings=4096)
+        return run_config(model, mesh=sizes(**axes), data=data)
+
+    for cfg in (of(640), of(768, context=2), of(100, tensor=2)):
+        check_divisible(cfg, described(cfg.mesh))
+    check_divisible(of(640), described(sizes(), "tpu"))
+    message = refusal(of(640, context=2), "tpu")
+    assert message.startswith("data.seq_len 640 over mesh.context=2 is no multiple of 128 per device")
+    assert message.endswith("use a multiple of 256")
 
 
 def test_the_state_is_not_made_on_a_mesh_that_cannot_hold_it():
