@@ -31,7 +31,7 @@ class Generator:
     """
 
     def __init__(self, cfg: ModelConfig, parameters: dict[str, np.ndarray], quant: QuantConfig | None = None):
-        self.cfg = cfg
+        self.cfg = cfg = cfg.dropless()
         leaves = {path: jnp.asarray(value) for path, value in parameters.items()}
         self.model = assemble(cfg, unflatten_paths(leaves), {})
         self.compute = Compute(single_device_mesh(), quant=quant)

@@ -15,6 +15,8 @@ from moe_jax.train.checkpoint import Checkpoints, checkpoint_path, config_of, re
 from moe_jax.train.state import abstract_state
 from moe_jax.train.step import make_eval_step
 
+_TOKENS = 16_384  # at a time: one device holds them, whatever the batch of all
+
 
 def evaluate(run_dir: str | Path, overrides: list[str] | None = None) -> dict[str, float | int]:
     """Held-out nats per token and bits per byte of a run's last checkpoint, beside gzip -9 and xz -9.
@@ -25,6 +27,7 @@ def evaluate(run_dir: str | Path, overrides: list[str] | None = None) -> dict[st
     path = checkpoint_path(run_dir, None)
     stored = Checkpoints(run_dir).metadata()
     cfg = apply(config_of(path, stored), overrides or [])
+    cfg = replace(cfg, model=cfg.model.dropless())
     tokenizer = Tokenizer.load(Path(run_dir) / "tokenizer.json")
     tokenizer.require(cfg.model.vocab_size, stored["tokenizer"])
     data = replace(cfg.data, heldout=tuple(s for s in cfg.data.heldout if s.kind == "text"))
@@ -33,7 +36,7 @@ def evaluate(run_dir: str | Path, overrides: list[str] | None = None) -> dict[st
     params, biases = restore_model(run_dir, abstract_state(cfg, mesh))
     step = make_eval_step(cfg, mesh)
     nats, tokens = 0.0, 0
-    for batch in heldout_batches(data, tokenizer):
+    for batch in heldout_batches(data, tokenizer, max(1, _TOKENS // data.seq_len)):
         nll, count = step(params, biases, put_batch(batch, mesh))
         nats, tokens = nats + float(nll), tokens + int(count)
     size = sum(document.num_bytes for document in documents)

@@ -175,6 +175,15 @@ def test_cached_generation_equals_the_uncached_forward(quant):
         assert seen[answer[n]] >= seen.max() - 1e-4
 
 
+def test_no_token_is_dropped_in_use_however_full_an_expert_is():
+    """Trained with a capacity of half the mean, a model still answers a prefix alike whatever follows it."""
+    full = with_moe(dispatch="drop_and_pad", capacity_factor=0.5)
+    ids = list(np.random.default_rng(0).integers(0, MOE.vocab_size, 48))
+    logits = Generator(full, parameters(full)).logits(ids)
+    np.testing.assert_array_equal(logits, Generator(MOE, parameters(MOE)).logits(ids))
+    np.testing.assert_allclose(Generator(full, parameters(full)).logits(ids[:24]), logits[:24], rtol=0, atol=1e-4)
+
+
 def test_generation_stops_at_a_stop_token():
     generator = Generator(MOE, parameters(MOE))
     answer = generator.generate([5, 17, 3], 8)
