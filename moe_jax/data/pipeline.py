@@ -126,15 +126,14 @@ def make_train_iterator(
 
 
 def heldout_batches(config: DataConfig, tokenizer: Tokenizer, batch_size: int | None = None) -> Iterator[Batch]:
-    """One pass over `config.heldout` in file order; every token but a document's first is a target exactly once.
+    """One pass over `config.heldout` in file order; batches are [batch_size or global_batch_size, S].
 
-    Batches are [batch_size or global_batch_size, S]; empty rows fill the last.
+    Every token of a text but its first is a target exactly once; of conversations, the assistant's as they are
+    trained on. Empty rows fill the last batch.
     """
     size = batch_size or config.global_batch_size
     pending: list[Batch] = []
-    for source in config.heldout:
-        tokenized = tokenize_source(source, tokenizer, config.max_bytes, config.cache_dir)
-        rows = PackedRows(tokenized, config.seq_len, tokenizer.bos, tokenizer.pad)
+    for rows in _heldout_rows(config, tokenizer):
         for index in range(len(rows)):
             pending.append(rows[index])
             if len(pending) == size:
@@ -143,6 +142,18 @@ def heldout_batches(config: DataConfig, tokenizer: Tokenizer, batch_size: int | 
     if pending:
         fill = [empty_row(config.seq_len, tokenizer.pad)] * (size - len(pending))
         yield stack(pending + fill)
+
+
+def _heldout_rows(config: DataConfig, tokenizer: Tokenizer) -> Iterator[PackedRows]:
+    for source in config.heldout:
+        tokenized = tokenize_source(source, tokenizer, config.max_bytes, config.cache_dir)
+        yield PackedRows(tokenized, config.seq_len, tokenizer.bos, tokenizer.pad)
+
+
+def require_heldout(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Raise the UserError that `heldout_batches` would end in, had it come to the last source."""
+    for _ in _heldout_rows(config, tokenizer):
+        pass
 
 
 @dataclass(frozen=True)

@@ -47,16 +47,18 @@ def checkpoint_path(run_dir: AnyPath, step: int | None) -> epath.Path:
 
 
 def final_step(run_dir: AnyPath) -> int:
-    """The newest complete checkpoint that is marked final; UserError when there is none."""
-    newest = int(checkpoint_path(run_dir, None).name)
-    for step in reversed(complete_steps(run_dir)):
-        path = checkpoint_path(run_dir, step)
-        try:
-            if read_record(path).final:
-                return step
-        except Damaged as damage:
-            raise UserError(damaged_sentence(path, str(damage))) from None
-    raise UserError(f"{run_dir} stopped at step {newest} and has no final checkpoint; finish it first")
+    """The newest complete checkpoint, which must be marked final; UserError where it is not or there is none.
+
+    An older one may be marked, too, of a run that was finished and then extended: it is not what was asked for.
+    """
+    path = checkpoint_path(run_dir, None)
+    try:
+        final = read_record(path).final
+    except Damaged as damage:
+        raise UserError(damaged_sentence(path, str(damage))) from None
+    if not final:
+        raise UserError(f"{run_dir} stopped at step {path.name} and has no final checkpoint; finish it first")
+    return int(path.name)
 
 
 def health(run_dir: AnyPath) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from moe_jax.train.catalogue import (
     set_aside,
     set_aside_names,
 )
-from moe_jax.train.checksums import Record, digest, file_sizes, share, write_record
+from moe_jax.train.checksums import Record, digest, file_sizes, read_record, share, write_record
 from moe_jax.train.retention import kept
 from moe_jax.train.stored import (
     FORMAT,
@@ -158,6 +158,16 @@ class Checkpoints:
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """The stored JSON alone: config, data position, tokenizer hash."""
         return describe(checkpoint_path(self.run_dir, step))[0]
+
+    def mark_final(self, step: int) -> None:
+        """Let a complete checkpoint count as the run's last."""
+
+        def mark() -> None:
+            path = self.folder / str(step)
+            if not (record := read_record(path)).final:
+                write_record(path, replace(record, final=True))
+
+        by_first("final", mark)
 
     def clean(self) -> None:
         """Remove what a killed save or removal left behind: whatever is half-written; nothing else is touched."""

@@ -8,6 +8,7 @@ bit.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import sys
 import time
@@ -21,7 +22,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
-from moe_jax.data.pipeline import TrainIterator, heldout_batches, make_train_iterator
+from moe_jax.data.pipeline import TrainIterator, heldout_batches, make_train_iterator, require_heldout
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import Preempted, UserError
 from moe_jax.files import AnyPath, is_remote, location
@@ -31,6 +32,7 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.processes import barrier, is_first
 from moe_jax.run_lock import exclusive
 from moe_jax.train.agreement import together
+from moe_jax.train.catalogue import complete_records
 from moe_jax.train.checkpoint import Checkpoints, complete_steps, final_step, restore_model
 from moe_jax.train.goodput import Goodput
 from moe_jax.train.guard import BadStep, LossGuard
@@ -46,12 +48,18 @@ _COMPILE_MINUTES = 30.0
 
 
 def fit(
-    cfg: RunConfig, run_dir: AnyPath, devices: Sequence[jax.Device] | None = None, *, new_data: bool = False
+    cfg: RunConfig,
+    run_dir: AnyPath,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    new_data: bool = False,
+    stop: StopRequest | None = None,
 ) -> epath.Path:
     """Train to `cfg.steps` in `run_dir`, from the last sound checkpoint there if it has one; the run folder.
 
     The mesh spans `devices`, by default all of them. Every process of a run calls this alike. With `new_data`,
-    files and mixture may differ from what the checkpoint was trained on.
+    files and mixture may differ from what the checkpoint was trained on. `stop`, entered by the caller, also
+    notes signals that come too late for this run.
 
     Raises:
         UserError: a folder that is no run, in use or of another config, unusable data, mesh or tokenizer, a
@@ -66,11 +74,14 @@ def fit(
     index, count = share_of_batch(mesh)
     with goodput.spent("data"):
         data = make_train_iterator(cfg.data, tokenizer, process_index=index, process_count=count)
+        if cfg.checkpoint.keep_best:
+            require_heldout(cfg.data, tokenizer)
+    _require_same_everywhere(cfg, data, tokenizer)
     with contextlib.ExitStack() as stack:
         still_ours = stack.enter_context(exclusive(run_dir)) if is_first() else _nothing
         history = stack.enter_context(History(run_dir))
         dump = None if is_remote(run_dir) else Path(run_dir) / f"hang-{jax.process_index()}.txt"
-        stop = stack.enter_context(StopRequest())
+        stop = stop or stack.enter_context(StopRequest())
         dog = stack.enter_context(Watchdog(cfg.guard.hang_minutes, dump))
         _Trainer(cfg, run_dir, mesh, tokenizer, data, history, goodput, stop, dog, still_ours, new_data).run(
             changes
@@ -82,11 +93,28 @@ def _nothing() -> None:
     """What a process without the lease has to check."""
 
 
-def is_complete(cfg: RunConfig, run_dir: AnyPath) -> bool:
-    """Whether the run folder holds the checkpoint of this config's last step; UserError if it is another run's."""
+def _require_same_everywhere(cfg: RunConfig, data: TrainIterator, tokenizer: Tokenizer) -> None:
+    """UserError where a process would train on something else: each has read its own files."""
+    mine = {
+        "config": hashlib.sha256(repr(cfg).encode()).hexdigest(),
+        "tokenizer": tokenizer.fingerprint,
+        "data": data.get_state()["fingerprint"],
+    }
+    first, *others = together("inputs", lambda: mine)
+    for index, found in enumerate(others, 1):
+        if other := [name for name in mine if found[name] != first[name]]:
+            raise UserError(
+                f"process {index} differs from process 0 in its {' and '.join(other)}; "
+                "give all hosts the same files and Python, or put the files in a bucket"
+            )
+
+
+def is_complete(cfg: RunConfig, run_dir: AnyPath, new_data: bool = False) -> bool:
+    """Whether the run folder's newest checkpoint is this config's last; UserError if the run is another."""
     if is_first():  # the others may see a folder that the first is still making
-        changed_options(cfg, location(run_dir))
-    return complete_steps(run_dir)[-1:] == [cfg.steps]
+        changed_options(cfg, location(run_dir), new_data)
+    records = complete_records(run_dir)
+    return bool(records) and records[-1].step == cfg.steps and records[-1].final
 
 
 @dataclass
@@ -96,7 +124,6 @@ class _Pending:
     step: int
     metrics: dict[str, jax.Array]
     batch: int  # the number of its batch
-    real: int  # tokens, padding left out
 
 
 @dataclass
@@ -126,6 +153,8 @@ class _Trainer:
         """Train to the last step, going back and past bad batches where the config says so."""
         self.checkpoints.clean()
         step = self._restore()
+        if step == self.cfg.steps:
+            self.checkpoints.mark_final(step)  # it may be of a run that was to go further
         if is_first():
             describe_run(self.cfg, self.run_dir, self.tokenizer, self.mesh)
         if changes:
@@ -204,10 +233,10 @@ class _Trainer:
             bad, vote_of_all = self._settle(metrics, clock)
             if bad:
                 return bad
-            self.pending = _Pending(step, values, number, int((batch["segment_ids"] > 0).sum()))
+            self.pending = _Pending(step, values, number)
             if self._saves(step) or vote_of_all:
                 # Settled first: a checkpoint never holds a step that is bad or not logged.
-                bad, _ = self._settle(metrics, clock)
+                bad, _ = self._settle(metrics, clock, saving=True)
                 if bad:
                     return bad
                 metrics.flush()
@@ -220,7 +249,7 @@ class _Trainer:
             self._tell_completed()
         return None
 
-    def _settle(self, metrics: Metrics, clock: _Clock) -> tuple[BadStep | None, int]:
+    def _settle(self, metrics: Metrics, clock: _Clock, saving: bool = False) -> tuple[BadStep | None, int]:
         """Wait for the pending step and log it where it is due: (what was wrong with it, what all voted)."""
         done, self.pending = self.pending, None
         if done is None:
@@ -230,8 +259,8 @@ class _Trainer:
         vote = int(values.pop("vote")) if "vote" in values else self._vote()
         bad = self.guard.check(done.step, float(values["loss"]), float(values["grad_norm"]), done.batch)
         if bad is None:
-            clock.add(done.real, float(values["tokens"]))
-            if done.step % self.cfg.log_every == 0 or self._saves(done.step):
+            clock.add(int(values["real"]), float(values["tokens"]))
+            if done.step % self.cfg.log_every == 0 or self._saves(done.step) or saving:
                 metrics.log(done.step, values, *clock.lap())
         return bad, vote
 
@@ -291,8 +320,10 @@ class _Trainer:
         if not hasattr(self, "eval_step"):
             self.eval_step = make_eval_step(self.cfg, self.mesh)
         nats = tokens = 0.0
-        batches = heldout_batches(self.cfg.data, self.tokenizer)
-        for batch in itertools.islice(batches, self.cfg.checkpoint.heldout_batches):
+        # Of the step's size: what a microbatch needs is what is known to fit.
+        parts = self.cfg.gradient_accumulation
+        batches = heldout_batches(self.cfg.data, self.tokenizer, self.cfg.data.global_batch_size // parts)
+        for batch in itertools.islice(batches, parts * self.cfg.checkpoint.heldout_batches):
             arrays = put_everywhere(batch, self.mesh)
             nll, count = jax.device_get(self.eval_step(self.state.params, self.state.biases, arrays))
             nats, tokens = nats + float(nll), tokens + float(count)

@@ -13,7 +13,13 @@ import pytest
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data import tokenized
 from moe_jax.data.commands import inspect_batch
-from moe_jax.data.pipeline import compression_bits_per_byte, heldout_batches, heldout_documents, make_train_iterator
+from moe_jax.data.pipeline import (
+    compression_bits_per_byte,
+    heldout_batches,
+    heldout_documents,
+    make_train_iterator,
+    require_heldout,
+)
 from moe_jax.data.tokenized import tokenize_source
 from moe_jax.errors import UserError
 from tests.data.helpers import same, sentence, take, write
@@ -148,6 +154,17 @@ def test_heldout_batches_and_documents_hold_the_same_bytes_and_targets(config, t
     source = tokenize_source(config.heldout[0], tokenizer)
     assert sum(document.num_bytes for document in documents) == source.num_bytes
     assert all(tokenizer.decode(d.ids[1:-1]) == d.text for d in documents)
+
+
+def test_heldout_text_is_refused_before_training_where_nothing_in_it_can_be_measured(config, tokenizer, tmp_path):
+    require_heldout(config, tokenizer)
+    missing = dataclasses.replace(config, heldout=(*config.heldout, SourceConfig(f"{tmp_path}/none*")))
+    with pytest.raises(UserError, match="none"):
+        require_heldout(missing, tokenizer)
+    (tmp_path / "open.jsonl").write_text('{"messages": [{"role": "user", "content": "alone"}]}\n')
+    unanswered = dataclasses.replace(config, heldout=(SourceConfig(f"{tmp_path}/open.jsonl", kind="chat"),))
+    with pytest.raises(UserError, match="no conversation has an assistant's answer"):
+        require_heldout(unanswered, tokenizer)
 
 
 def test_compression_is_measured_on_the_same_bytes(config, tokenizer):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -24,7 +25,9 @@ MESH = ["mesh.fsdp=2", "mesh.expert=2"]
 CONSTANT = "optimizer.schedule=constant"  # else another number of steps is another schedule
 
 
-def start(tiny, run: Path, *options: str, processes: int = 2, devices: int = 2) -> list[subprocess.Popen]:
+def start(
+    tiny, run: Path, *options: str, processes: int = 2, devices: int = 2, folders: Sequence[Path | None] = ()
+) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -34,10 +37,11 @@ def start(tiny, run: Path, *options: str, processes: int = 2, devices: int = 2) 
         subprocess.Popen(
             [*command, *MESH, *options],
             env=tiny.env | common | {"JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index)},
+            cwd=folder,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index in range(processes)
+        for index, folder in enumerate(folders or [None] * processes)
     ]
 
 
@@ -66,6 +70,21 @@ def test_two_processes_train_what_one_trains(tiny, in_two, tmp_path):
     environment = json.loads((in_two / "environment.json").read_text())
     assert (environment["processes"], environment["devices"]) == (2, "4 x cpu")
     assert [line["step"] for line in read_metrics(in_two)] == list(range(1, 13))  # one writer
+    for mine, its in zip(read_metrics(in_two), read_metrics(Path(one)), strict=True):
+        counts = [line["tokens_per_second"] * line["seconds"] for line in (mine, its)]
+        assert round(counts[0]) == round(counts[1]) >= mine["tokens"] == its["tokens"]
+
+
+def test_processes_that_read_different_text_do_not_start(tiny, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "text.txt").write_text((tiny.root / "train.txt").read_text() + f"\n\nonly in {folder.name}")
+    options = ["data.sources.0.path=text.txt", f"data.cache_dir={tmp_path}/tokens"]
+    statuses, said = finish(start(tiny, tmp_path / "run", *options, folders=folders))
+    assert MISTAKEN in statuses and 0 not in statuses, said
+    assert "process 1 differs from process 0 in its data; give all hosts the same files" in said
+    assert not (tmp_path / "run/config.json").exists()
 
 
 def test_a_notice_to_one_process_is_granted_by_both_at_one_step(tiny, in_two, tmp_path):

@@ -21,8 +21,9 @@ from moe_jax.data.commands import build_tokenizer
 from moe_jax.data.pipeline import TrainIterator
 from moe_jax.errors import Preempted, UserError
 from moe_jax.files import read_lines
+from moe_jax.train import evaluate as evaluation
 from moe_jax.train import stages, trainer
-from moe_jax.train.checkpoint import Checkpoints, complete_steps, load_parameters
+from moe_jax.train.checkpoint import Checkpoints, complete_steps, final_step, load_parameters
 from moe_jax.train.goodput import KINDS
 from moe_jax.train.metrics import Metrics, read_metrics
 from moe_jax.train.stages import run_stages
@@ -141,6 +142,17 @@ def test_a_preemption_notice_saves_the_step_reached_and_changes_nothing(tiny, fi
     tiny.fit(run)
     assert events(run, "start")[-1]["restored"] == event["step"] and events(run, "start")[-1]["lost"] == 0
     assert losses(run) == losses(finished)
+
+
+def test_no_token_is_lost_from_the_log_by_a_stop_between_its_lines(tiny, tmp_path, monkeypatch):
+    whole = tiny.fit(tmp_path / "whole", "log_every=5", "checkpoint.every_steps=100")
+    run = tmp_path / "run"
+    with pytest.raises(Preempted):
+        stopped_after(monkeypatch, 5, lambda: tiny.fit(run, "log_every=5", "checkpoint.every_steps=100"))
+    (saved,) = complete_steps(run)
+    assert saved % 5 and read_metrics(run)[-1]["step"] == saved
+    tiny.fit(run, "log_every=5", "checkpoint.every_steps=100")
+    assert sum(line["tokens"] for line in read_metrics(run)) == sum(line["tokens"] for line in read_metrics(whole))
 
 
 def test_checkpoints_come_by_the_clock_and_the_best_stays(tiny, finished, tmp_path):
@@ -273,11 +285,40 @@ def test_an_unfinished_stage_is_no_start(tiny, finished, tmp_path):
         tiny.fit(tmp_path / "next", f"init_from={run}")
 
 
+def test_a_run_ended_early_is_finished_and_one_extended_is_not(tiny, finished, tmp_path, monkeypatch):
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/12")
+    eight = tiny.variant("steps=8")
+    assert not trainer.is_complete(eight, run)
+    tiny.fit(run, "steps=8")
+    assert trainer.is_complete(eight, run) and final_step(run) == 8
+    with pytest.raises(Preempted):
+        stopped_after(monkeypatch, 9, lambda: tiny.fit(run, "steps=16"))
+    with pytest.raises(UserError, match=r"stopped at step 1\d and has no final checkpoint; finish it"):
+        tiny.fit(tmp_path / "next", f"init_from={run}")
+
+
+def test_a_notice_while_a_stage_ends_keeps_the_next_from_starting(tiny, tmp_path, monkeypatch):
+    configs = [tiny.variant("data.global_batch_size=8", f"stage={stage}") for stage in ("pretrain", "midtrain")]
+    with pytest.raises(Preempted, match="SIGTERM: pretrain is complete"):
+        stopped_after(monkeypatch, 12, lambda: run_stages(configs, tmp_path))
+    assert complete_steps(tmp_path / "pretrain")[-1] == 12 and not (tmp_path / "midtrain").exists()
+    assert run_stages(configs, tmp_path)[1] == tmp_path / "midtrain"
+    assert complete_steps(tmp_path / "midtrain")[-1] == 12
+
+
+def test_complete_stages_may_have_had_other_data_where_that_is_said(tiny, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "pretrain")
+    other = [tiny.variant("data.max_bytes=20000")]
+    with pytest.raises(UserError, match=r"data\.max_bytes was 0, is 20000"):
+        run_stages(other, tmp_path)
+    assert run_stages(other, tmp_path, new_data=True) == [tmp_path / "pretrain"]
+
+
 def test_stages_follow_each_other_and_complete_ones_are_skipped(tiny, finished, tmp_path, monkeypatch):
     fitted = []
 
-    def fit(cfg, folder, new_data):
-        assert not new_data
+    def fit(cfg, folder, **options):
         fitted.append(cfg.stage)
         return tiny.fit(folder, f"stage={cfg.stage}", f"init_from={cfg.init_from}")
 
@@ -303,6 +344,14 @@ def test_evaluation_is_in_bits_of_the_same_bytes(finished, tmp_path, capsys):
     assert math.isclose(result["bits_per_byte_model"], bits)
     assert 0 < result["bits_per_byte_xz9"] < 8 and 0 < result["bits_per_byte_gzip9"] < 8
     assert result["nats_per_token"] < 0.8 * math.log(VOCAB)
+
+
+def test_evaluation_takes_few_tokens_at_a_time_whatever_the_batch_of_training(finished, monkeypatch):
+    sizes = []
+    put = evaluation.put_batch
+    monkeypatch.setattr(evaluation, "put_batch", lambda b, mesh: sizes.append(b["tokens"].size) or put(b, mesh))
+    small, large = (evaluation.evaluate(finished, [f"data.global_batch_size={n}"]) for n in (1, 4096))
+    assert small == large and max(sizes) <= 16_384
 
 
 def test_generation_goes_on_with_a_prompt(finished, capsys):
