@@ -1,6 +1,8 @@
 """Files on a disk or in a bucket (gs://): whole or not at all, and logs of JSON lines that survive a kill.
 
-A local file is written aside in the same folder and renamed; an object is one put, which is as whole. Paths go
+A local file is written aside in the same folder and renamed; an object is one put, which is as whole. Nothing can
+be appended to an object, and what was replaced is kept and charged for by Cloud Storage, for 7 days where nobody
+changed that. So a log in a bucket is a row of objects, of which only the last, small one is put again. Paths go
 through etils, whose remote half (fsspec, gcsfs) is imported where the first gs:// path is met.
 """
 
@@ -12,6 +14,7 @@ import json
 import os
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from etils import epath
 from moe_jax.errors import UserError
 
 _SECONDS = 30.0  # between two puts of a remote log that nobody flushes
+_PART_BYTES = 4 << 20  # an object of a remote log that holds as many is put no more
 
 AnyPath = str | os.PathLike[str]
 
@@ -89,18 +93,80 @@ def write_json(path: AnyPath, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def parts(path: AnyPath) -> list[epath.Path]:
+    """The files of a log, in order; none where it is missing.
+
+    On a disk that is `path` alone, unless it was copied from a bucket, where `path.0001` and so on follow it.
+    """
+    first, names = location(path), []
+    with contextlib.suppress(FileNotFoundError):
+        if is_remote(first):
+            found = remote_filesystem().find(str(first.parent), maxdepth=1, prefix=first.name)
+            names = [name.rpartition("/")[2] for name in found]
+        else:
+            names = os.listdir(first.parent)
+    part = re.compile(re.escape(first.name) + r"(\.\d{4,})?")
+    return sorted((first.parent / name for name in names if part.fullmatch(name)), key=_number)
+
+
+def _number(part: epath.Path) -> int:
+    number = part.suffix[1:]
+    return int(number) if number.isdecimal() else 0
+
+
 def read_lines(path: AnyPath) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines, none where it is missing; a last line cut by a kill is left out.
+    """The records of a log of JSON lines, none where it is missing; a last line cut by a kill is left out.
 
     Raises UserError for a whole line that is no JSON.
     """
-    records = []
-    for number, line in enumerate(_whole_lines(location(path)).splitlines(), 1):
+    return [
+        _record(part, number, line)
+        for part in parts(path)
+        for number, line in enumerate(_whole_lines(part).splitlines(), 1)
+    ]
+
+
+def cut_lines(path: AnyPath, past: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Remove the last records of a log, up to one that is not `past`; those removed, the last one first.
+
+    It goes from the last file backwards. So a kill in between leaves all records that are kept and the first of the
+    others, in order, and the next cut goes on there. Where nothing is past, nothing is written.
+
+    Raises UserError for a damaged line among them, and where the log cannot be written.
+    """
+    removed = []
+    files = parts(path)
+    for part in reversed(files):
+        lines = _whole_lines(part).splitlines(keepends=True)
+        count = len(lines)
+        while lines and past(record := _record(part, len(lines), lines[-1])):
+            removed.append(record)
+            lines.pop()
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path} line {number} is damaged; remove that line") from None
-    return records
+            if not lines and part != files[0]:
+                _remove(part)
+            elif len(lines) < count:
+                write_bytes(part, b"".join(lines))
+        except Exception as error:  # what gcsfs raises is of many kinds
+            raise _unwritable(part, error) from None
+        if lines:
+            break
+    return removed
+
+
+def _remove(path: epath.Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # by a request of which the answer was lost
+        if is_remote(path):  # where unlink() takes brackets for a pattern
+            remote_filesystem().rm_file(str(path))
+        else:
+            path.unlink()
+
+
+def _record(path: epath.Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError:
+        raise UserError(f"{path} line {number} is damaged; remove that line") from None
 
 
 def _whole_lines(path: epath.Path) -> bytes:
@@ -111,16 +177,24 @@ def _whole_lines(path: epath.Path) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
+def _unwritable(path: epath.Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return UserError(f"cannot write {path}: {reason}; make room or mend the access, then start again")
+
+
 class LineLog:
     """JSON lines appended to `path`, opened after its last whole line.
 
-    On a disk each line is written at once. In a bucket, where nothing can be appended to, the object is put whole:
-    by `flush`, and by a thread every half minute, which tries again where a put fails.
+    On a disk each line is written at once. In a bucket the last object is put whole, with the lines that are new:
+    by `flush`, and by a thread every half minute, which tries again where a put fails. Once it is long enough, new
+    lines begin an object after it, and its own are held no more.
     """
 
     def __init__(self, path: AnyPath) -> None:
-        self._path, self._file = location(path), None
+        self._first, self._file = location(path), None
+        self._path = self._first  # of the part that is written
         try:
+            self._path = [self._first, *parts(path)][-1]
             kept = _whole_lines(self._path)
             if not is_remote(self._path):
                 os.makedirs(self._path.parent, exist_ok=True)
@@ -128,8 +202,8 @@ class LineLog:
                 self._file.truncate(len(kept))
                 return
         except Exception as error:  # what gcsfs raises is of many kinds
-            raise self._unwritable(error) from None
-        self._lines, self._sent = [kept], 1
+            raise _unwritable(self._path, error) from None
+        self._lines, self._sent, self._sent_bytes = [kept], 1, len(kept)
         self._sending, self._closing = threading.Lock(), threading.Event()
         threading.Thread(target=self._keep_sending, daemon=True).start()
 
@@ -143,7 +217,7 @@ class LineLog:
             self._file.write(line)
             self._file.flush()
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise _unwritable(self._path, error) from None
 
     def flush(self) -> None:
         """Return when all that was written can be read by others; UserError where it cannot be sent."""
@@ -152,7 +226,7 @@ class LineLog:
         try:
             self._send()
         except Exception as error:
-            raise self._unwritable(error) from None
+            raise _unwritable(self._path, error) from None
 
     def close(self) -> None:
         """Flush and write no more."""
@@ -169,11 +243,13 @@ class LineLog:
 
     def _send(self) -> None:
         with self._sending:
+            if len(self._lines) == self._sent:
+                return
+            if self._sent_bytes >= _PART_BYTES:
+                self._path = self._first.parent / f"{self._first.name}.{_number(self._path) + 1:04d}"
+                del self._lines[: self._sent]  # in place: another thread may be appending
+                self._sent = self._sent_bytes = 0
             count = len(self._lines)
-            if count > self._sent:
-                write_bytes(self._path, b"".join(self._lines[:count]))
-                self._sent = count
-
-    def _unwritable(self, error: Exception) -> UserError:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return UserError(f"cannot write {self._path}: {reason}; make room or mend the access, then start again")
+            data = b"".join(self._lines[:count])
+            write_bytes(self._path, data)
+            self._sent, self._sent_bytes = count, len(data)

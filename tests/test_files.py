@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.files import LineLog, is_remote, location, read_lines, write_json
+from moe_jax.files import LineLog, cut_lines, is_remote, location, read_lines, write_json
 from moe_jax.run_lock import exclusive
 from tests.children import HOLD, child
 
@@ -57,10 +57,22 @@ def test_lines_of_a_killed_process_stay_and_its_torn_one_goes(tmp_path):
     assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
 
 
+def test_a_log_on_a_disk_is_one_file_however_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_jax.files._PART_BYTES", 10)
+    log = LineLog(tmp_path / "log.jsonl")
+    for number in range(9):
+        log.write({"n": number})
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+    assert len(read_lines(tmp_path / "log.jsonl")) == 9
+
+
 def test_a_damaged_line_is_named(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"a": 1}\n{"a"\n{"a": 2}\n')
     with pytest.raises(UserError, match=r"log\.jsonl line 2 is damaged; remove that line"):
         read_lines(tmp_path / "log.jsonl")
+    with pytest.raises(UserError, match=r"log\.jsonl line 2 is damaged; remove that line"):
+        cut_lines(tmp_path / "log.jsonl", lambda _: True)
 
 
 def test_a_log_that_cannot_grow_is_named(tmp_path):

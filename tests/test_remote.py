@@ -14,13 +14,23 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from moe_jax import run_lock
+from moe_jax import files, run_lock
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data.pipeline import make_train_iterator
 from moe_jax.data.sources import iter_documents
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
-from moe_jax.files import LineLog, location, read_lines, remote_filesystem, sizes_below, write_bytes, write_json
+from moe_jax.files import (
+    LineLog,
+    cut_lines,
+    location,
+    parts,
+    read_lines,
+    remote_filesystem,
+    sizes_below,
+    write_bytes,
+    write_json,
+)
 from moe_jax.run_lock import exclusive
 from tests.children import HOLD, child
 from tests.data.helpers import same, sentence, take, write
@@ -107,6 +117,110 @@ def test_a_log_in_a_bucket_that_is_not_there_is_named():
         log = LineLog("gs://none/log.jsonl")
         log.write({"n": 1})
         log.flush()
+
+
+def numbers(path: str) -> list[int]:
+    return [line["n"] for line in read_lines(path)]
+
+
+def generations(path: str) -> dict[str, str]:
+    return {part.name: remote_filesystem().info(str(part))["generation"] for part in parts(path)}
+
+
+def test_of_a_long_log_only_the_last_object_is_put_again_and_held(folder, monkeypatch):
+    monkeypatch.setattr("moe_jax.files._PART_BYTES", 30)
+    path, before, count = f"{folder}/log.jsonl", {}, 0
+    for more in (5, 3, 4, 5):  # opened anew in the middle of an object and where one is full
+        log = LineLog(path)
+        for _ in range(more):
+            log.write({"n": count})
+            count += 1
+            log.flush()
+            after = generations(path)
+            changed = [name for name in after if after[name] != before.get(name)]
+            assert changed == list(after)[-1:] and sum(map(len, log._lines)) < 60
+            before = after
+        log.close()
+        assert generations(path) == before and numbers(path) == list(range(count))
+    assert [part.read_bytes().count(b"\n") for part in parts(path)] == [4, 4, 4, 3, 2]
+    assert list(before) == ["log.jsonl", *(f"log.jsonl.000{number}" for number in range(1, 5))]
+
+
+def test_a_long_object_of_another_version_is_not_put_again(folder, monkeypatch):
+    monkeypatch.setattr("moe_jax.files._PART_BYTES", 30)
+    path = f"{folder}/log.jsonl"
+    write_bytes(path, b'{"n": 0}\n' * 9 + b'{"n"')  # copied from a disk, with a torn line
+    before = generations(path)
+    log = LineLog(path)
+    log.write({"n": 1})
+    log.close()
+    assert generations(path).items() > before.items() and numbers(path) == [0] * 9 + [1]
+
+
+def test_a_put_that_fails_leaves_no_gap_in_a_log_and_is_made_up_for(folder, monkeypatch):
+    monkeypatch.setattr("moe_jax.files._PART_BYTES", 1)
+    path, log = f"{folder}/log.jsonl", LineLog(f"{folder}/log.jsonl")
+    log.write({"n": 0})
+    log.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr("moe_jax.files.write_bytes", lambda *_: os.listdir("/none"))
+        for number in (1, 2):
+            log.write({"n": number})
+            with pytest.raises(UserError, match=r"cannot write .*/log\.jsonl\.0001: No such file"):
+                log.flush()
+    log.close()
+    assert numbers(path) == [0, 1, 2] and list(generations(path)) == ["log.jsonl", "log.jsonl.0001"]
+
+
+def test_parts_of_a_log_are_in_the_order_of_their_numbers(folder, tmp_path):
+    for root in (folder, str(tmp_path)):
+        for name in ("log.jsonl.10000", "log.jsonl.9999", "log.jsonl", "log.jsonl.bak", "log.jsonl.1", "a.jsonl"):
+            write_bytes(f"{root}/{name}", b"{}\n")
+        names = [part.name for part in parts(f"{root}/log.jsonl")]
+        assert names == ["log.jsonl", "log.jsonl.9999", "log.jsonl.10000"]
+        assert parts(f"{root}/none.jsonl") == parts(f"{root}/none/log.jsonl") == []
+
+
+class Killed(BaseException):
+    """What nobody catches."""
+
+
+@pytest.mark.parametrize("place", ["bucket", "disk"])
+@pytest.mark.parametrize(("kept", "changes"), [(20, 0), (19, 1), (10, 3), (8, 3), (1, 5), (0, 5)])
+def test_a_cut_killed_before_any_of_its_changes_keeps_lines_and_order(
+    folder, tmp_path, monkeypatch, place, kept, changes
+):
+    path = f"{folder if place == 'bucket' else tmp_path}/[{kept}]/log.jsonl"  # brackets are no pattern
+    lines = [json.dumps({"n": number}).encode() + b"\n" for number in range(20)]
+    left = 0
+
+    def mortal(change):
+        def call(*values):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            change(*values)
+
+        return call
+
+    for survived in range(changes + 1):
+        for part in range(5):
+            write_bytes(path + f".{part:04d}" * (part > 0), b"".join(lines[4 * part : 4 * part + 4]))
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for name in ("write_bytes", "_remove"):
+                patch.setattr(f"moe_jax.files.{name}", mortal(getattr(files, name)))
+            left = survived
+            cut = cut_lines(path, lambda line: line["n"] >= kept)
+            assert survived == changes and [line["n"] for line in cut] == list(range(19, kept - 1, -1))
+        found = numbers(path)
+        assert found == list(range(len(found))) and len(found) >= kept and (left == 0) == (survived == changes)
+        cut_lines(path, lambda line: line["n"] >= kept)
+        assert numbers(path) == list(range(kept))
+        log = LineLog(path)
+        log.write({"n": kept})
+        log.close()
+        assert numbers(path) == list(range(kept + 1)) and len(parts(path)) == max(1, -(-kept // 4))
 
 
 def test_a_second_holder_is_refused_while_the_first_lives_and_let_in_when_it_is_killed(folder, quick):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from moe_jax.config import MeshConfig
 from moe_jax.errors import UserError
@@ -58,6 +58,9 @@ def single_device_mesh() -> Mesh:
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def platform(mesh: Mesh) -> str:
-    """The platform of the mesh's devices, which ahead-of-time compilation need not share with the process."""
-    return mesh.devices.flat[0].platform
+def platform(mesh: Mesh | AbstractMesh) -> str:
+    """The platform of the mesh's devices, which ahead-of-time compilation need not share with the process.
+
+    A mesh without devices is a plan for TPUs.
+    """
+    return "tpu" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform

@@ -7,7 +7,6 @@ past its checkpoint, so that every step stands there exactly once whenever the r
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -19,7 +18,7 @@ from etils import epath
 from tqdm import tqdm
 
 from moe_jax.config import RunConfig
-from moe_jax.files import AnyPath, LineLog, location, read_lines, write_bytes
+from moe_jax.files import AnyPath, LineLog, cut_lines, location, read_lines
 from moe_jax.flops import peak_flops, train_flops_per_token
 from moe_jax.parallel.processes import is_first
 from moe_jax.train.tensorboard import EventFile
@@ -55,10 +54,8 @@ class Metrics:
         if not self._writes:
             return
         path = run_dir / "metrics.jsonl"
-        lines = read_lines(path)
-        kept = [line for line in lines if line["step"] <= step]
-        self.lost = max((line["step"] for line in lines), default=step) - step if len(kept) < len(lines) else 0
-        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        if past := cut_lines(path, lambda line: line["step"] > step):
+            self.lost = past[0]["step"] - step
         self._log = LineLog(path)
         self._board = EventFile(run_dir / "tensorboard", step + 1)
         # Fake CPU devices share one processor, whose peak must count once.

@@ -15,19 +15,24 @@ from etils import epath
 from moe_jax.files import is_remote, write_bytes
 
 _SECONDS = 60.0  # between two puts of a remote file
+_MOST_BYTES = 4 << 20  # of a remote file, which is held in memory and put whole: more go to another
 _SESSION_START = b"\x08\x01"  # SessionLog { status: START }
 
 
 class EventFile:
     """Scalars into a new event file; TensorBoard forgets what older files hold from `first_step` on.
 
-    A bucket cannot be appended to: there the file is put whole, once a minute and when it is closed.
+    A bucket cannot be appended to: there the file is put whole, once a minute and when it is closed, and a long one
+    is followed by another; TensorBoard reads a folder's files in the order of their names.
     """
 
     def __init__(self, folder: epath.Path, first_step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"events.out.tfevents.{time.time_ns()}"
-        self._remote, self._put = is_remote(self._path), time.monotonic()
+        self._folder, self._remote = folder, is_remote(folder)
+        self._begin(first_step)
+
+    def _begin(self, first_step: int) -> None:
+        self._path, self._put = self._folder / f"events.out.tfevents.{time.time_ns()}", time.monotonic()
         self._file = io.BytesIO() if self._remote else open(self._path, "wb")  # noqa: SIM115 (close() closes it)
         self._write(_bytes_field(3, b"brain.Event:2"))
         self._write(b"\x10" + _varint(first_step) + _bytes_field(7, _SESSION_START))
@@ -40,8 +45,13 @@ class EventFile:
         )
         self._write(b"\x10" + _varint(step) + _bytes_field(5, summary))
         self._file.flush()
-        if self._remote and time.monotonic() - self._put > _SECONDS:
+        if not self._remote:
+            return
+        long = self._file.tell() > _MOST_BYTES
+        if long or time.monotonic() - self._put > _SECONDS:
             self._send()
+        if long:
+            self._begin(step + 1)
 
     def close(self) -> None:
         """Close the file; on a disk every event was flushed already."""

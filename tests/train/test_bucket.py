@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from moe_jax.parallel.mesh import single_device_mesh
 from moe_jax.train.checkpoint import Checkpoints, complete_steps
 from moe_jax.train.metrics import read_metrics
 from moe_jax.train.state import abstract_state
+from moe_jax.train.tensorboard import EventFile
 from tests.object_store import BUCKET, object_store
+from tests.train.test_metrics import whole_records
 
 RUN = f"gs://{BUCKET}/runs/a"
 
@@ -31,6 +34,24 @@ def environment() -> Iterator[dict[str, str]]:
 
 def losses(run: str | Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(run)]
+
+
+def test_curves_of_a_long_run_are_in_files_of_which_only_the_last_is_put_again(environment, monkeypatch):
+    monkeypatch.setattr("moe_jax.train.tensorboard._MOST_BYTES", 500)
+    folder = location(f"gs://{BUCKET}/curves")
+    events = EventFile(folder, 1)
+    seen: dict[str, bytes] = {}
+    for step in range(1, 41):
+        events.scalars(step, {"loss": float(step)})
+        now = {name: (folder / name).read_bytes() for name in sizes_below(folder)}
+        assert now.items() >= seen.items()  # what was put before is complete
+        seen = now
+    events.close()
+    paths = sorted(folder.iterdir(), key=lambda path: path.name)
+    assert len(paths) > 3 and all(path.stat().length < 700 for path in paths)
+    records = [record for path in paths for record in whole_records(path.read_bytes())]
+    points = [struct.unpack("<f", r[-4:])[0] for r in records if b"loss" in r]
+    assert points == [float(step) for step in range(1, 41)]
 
 
 def test_a_run_in_a_bucket_killed_in_a_save_equals_the_one_on_a_disk(tiny, finished, environment, tmp_path):

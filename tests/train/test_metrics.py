@@ -68,10 +68,18 @@ def test_reopening_cuts_later_and_torn_lines(tiny, tmp_path):
     assert lines == rows[:1]
 
 
-def test_event_file_has_whole_records_with_sound_checksums(finished):
-    assert crc32c(b"123456789") == 0xE3069283
-    (path,) = (finished / "tensorboard").iterdir()
-    data, records = path.read_bytes(), []
+def test_reopening_where_nothing_is_past_writes_nothing(tiny, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step":1}\n{"step":2}\n')
+    file = path.stat().st_ino  # another one is renamed to where lines are cut
+    with Metrics(location(tmp_path), tiny.cfg, 2, jax.devices()[:1]) as metrics:
+        assert metrics.lost == 0
+    assert path.stat().st_ino == file and path.read_text() == '{"step":1}\n{"step":2}\n'
+
+
+def whole_records(data: bytes) -> list[bytes]:
+    """The payloads of an event file, whose checksums are sound."""
+    records = []
     while data:
         length = struct.unpack("<Q", data[:8])[0]
         record, crc = (data[12 : 12 + length], struct.unpack("<I", data[12 + length : 16 + length])[0])
@@ -79,6 +87,13 @@ def test_event_file_has_whole_records_with_sound_checksums(finished):
         assert (unmasked >> 17 | unmasked << 15) & 0xFFFFFFFF == crc32c(record)
         records.append(record)
         data = data[16 + length :]
+    return records
+
+
+def test_event_file_has_whole_records_with_sound_checksums(finished):
+    assert crc32c(b"123456789") == 0xE3069283
+    (path,) = (finished / "tensorboard").iterdir()
+    records = whole_records(path.read_bytes())
     assert len(records) == 2 + 12
     for name in (b"loss", b"mfu", b"grad_norm", b"load_entropy/layer_00", b"dropped/layer_00"):
         assert all(name in record for record in records[2:])
