@@ -10,6 +10,7 @@ from typing import Any
 import configs
 from launch.fit_compile import Compiled, compile_kept, compile_step, device_count, use_libtpu
 from launch.slices import Slice, parse_slice
+from moe_jax.command_line import at_least
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
@@ -46,8 +47,8 @@ def sized(cfg: RunConfig, devices: int, seq_len: int | None, per_device_batch: f
 
 def on_slices(cfg: RunConfig, slices: int) -> RunConfig:
     """`cfg` for so many slices; another number in its mesh is a UserError."""
-    if slices < 1 or cfg.mesh.slices not in (1, slices):
-        raise UserError(f"--slices {slices} but mesh.slices={cfg.mesh.slices}; say it once, 1 or more")
+    if cfg.mesh.slices not in (1, slices):
+        raise UserError(f"--slices {slices} but mesh.slices={cfg.mesh.slices}; say it once")
     return replace(cfg, mesh=replace(cfg.mesh, slices=slices))
 
 
@@ -110,18 +111,20 @@ def add_fit_command(commands: Any) -> None:
     sub.add_argument("config", nargs="?", help="what python -m moe_jax train takes")
     sub.add_argument("overrides", nargs="*", help="dotted.name=value", metavar="OVERRIDE")
     sub.add_argument("--topology", help="one slice: v5e-16 or v5e:4x4")
-    sub.add_argument("--slices", type=int, default=1)
-    sub.add_argument("--seq-len", type=int, metavar="N", help="tokens of a sequence (default: the config's)")
+    sub.add_argument("--slices", type=at_least(1), default=1)
     sub.add_argument(
-        "--per-device-batch", type=float, metavar="N",
+        "--seq-len", type=at_least(1), metavar="N", help="tokens of a sequence (default: the config's)"
+    )
+    sub.add_argument(
+        "--per-device-batch", type=at_least(0, float), metavar="N",
         help="sequences per device and microbatch (default: from the config's global batch)",
     )  # fmt: skip
     sub.add_argument("--json", metavar="PATH", help="write the figures there")
-    sub.add_argument("--top", type=int, default=0, metavar="N", help="list the N costliest operations too")
+    sub.add_argument("--top", type=at_least(0), default=0, metavar="N", help="list the N costliest operations too")
     sub.add_argument(
         "--search", action="store_true", help="try meshes, remat policies and batches; rank those that fit"
     )
-    sub.add_argument("--max-compiles", type=int, default=6, metavar="N", help="of --search (default: 6)")
+    sub.add_argument("--max-compiles", type=at_least(1), default=6, metavar="N", help="of --search (default: 6)")
     sub.add_argument("--table", action="store_true", help="write docs/fit.md")
     sub.set_defaults(command=_command)
 
@@ -134,8 +137,6 @@ def _command(arguments: Any) -> int:
         return make_table()
     if not arguments.config or not arguments.topology:
         raise UserError("fit needs a config and --topology, as in fit mobilemoe_s --topology v5e:4x4, or --table")
-    if arguments.max_compiles < 1:
-        raise UserError("--max-compiles must be 1 or more")
     kind = parse_slice(arguments.topology)
     base = configs.load(arguments.config, arguments.overrides)
     stage_tokens = base.steps * base.tokens_per_step
@@ -159,7 +160,10 @@ def _search(arguments: Any, base: RunConfig, kind: Slice, stage_tokens: float) -
     from launch.fit_report import available_bytes
     from launch.fit_search import measure_kept, plan, render_search, search
 
-    cfg = sized(base, device_count(kind, arguments.slices), arguments.seq_len, None)
+    devices = device_count(kind, arguments.slices)
+    # The search sets the accumulation itself: a device's batch must make whole sequences without it.
+    sized(replace(base, gradient_accumulation=1), devices, None, arguments.per_device_batch)
+    cfg = sized(base, devices, arguments.seq_len, None)
     planned = plan(cfg, kind, arguments.slices, arguments.per_device_batch)
     measure = measure_kept(arguments.config, kind, arguments.slices, stage_tokens)
     records = search(planned.candidates, available_bytes(kind), measure, max_compiles=arguments.max_compiles)

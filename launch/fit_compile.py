@@ -85,9 +85,13 @@ def devices_of(kind: Slice, slices: int) -> list[Any]:
     use_libtpu()
     from jax.experimental import topologies
 
-    several = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if kind.family == "v4":
+        options["chip_config_name"] = "megacore"  # its machines join both cores of a chip; libtpu unasked does not
+    if kind.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # libtpu takes every host for one of four chips
     with _quiet():
-        topology = topologies.get_topology_desc(f"{kind.family}:{kind.topology}", platform="tpu", **several)
+        topology = topologies.get_topology_desc(f"{kind.family}:{kind.topology}", platform="tpu", **options)
     return list(topology.devices)
 
 

@@ -107,7 +107,11 @@ def _pod_template(job: Job) -> dict[str, Any]:
     metadata = {}
     if job.mount:
         metadata = {"annotations": {"gke-gcsfuse/volumes": "true"}}
-        attributes = {"bucketName": job.bucket_name, "mountOptions": "implicit-dirs"}
+        # Checkpoints are committed, and set aside, by renaming their folders. In buckets without a hierarchical
+        # namespace gcsfuse refuses that (its limit is 0), unless it knows the machine type; then it has this limit:
+        # https://cloud.google.com/storage/docs/cloud-storage-fuse/cli-options
+        options = "implicit-dirs,rename-dir-limit=200000"
+        attributes = {"bucketName": job.bucket_name, "mountOptions": options}
         driver = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}
         volumes.append({"name": "bucket", "csi": driver})
         mounts.append({"name": "bucket", "mountPath": MOUNT})

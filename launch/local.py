@@ -56,10 +56,15 @@ class LocalJob:
             raise UserError("--processes must be 1 or more, --devices-per-process and --max-restarts 0 or more")
 
     @property
+    def root(self) -> str:
+        """The run folder, wherever this process stands."""
+        return str(location(self.run if is_remote(self.run) else os.path.join(self.folder, self.run)))
+
+    @property
     def stages(self) -> list[tuple[RunConfig, Any]]:
         """(config, run folder) of each, as the trainer lays them out."""
         runs = [configs.load(name, self.overrides) for name in self.config.split(",")]
-        root = location(os.path.join(self.folder, self.run) if not is_remote(self.run) else self.run)
+        root = location(self.root)
         return [(cfg, root / cfg.stage if len(runs) > 1 else root) for cfg in runs]
 
     @property
@@ -97,7 +102,7 @@ def run_local(job: LocalJob) -> int:
     for cfg, folder in stages:
         changed_options(cfg, folder, job.new_data)
     record = job_record("local", dataclasses.asdict(job), job.config, job.overrides)
-    write_record(os.path.join(job.folder, job.run), record)
+    write_record(job.root, record)
     return _Supervisor(job, stages).run()
 
 
@@ -115,7 +120,7 @@ class _Supervisor:
         self._job, self._stages = job, stages
         self._events: SimpleQueue[Any] = SimpleQueue()  # an Ended, or the number of a signal that came
         self._told: list[int] = []
-        self._logs = None if is_remote(job.run) else Path(job.folder, job.run)
+        self._logs = None if is_remote(job.run) else Path(job.root)
 
     def run(self) -> int:
         attempt, crashes, pause = 0, 0, 0.0
@@ -278,8 +283,19 @@ def job_of(arguments: Any, config: str, **fields: Any) -> LocalJob:
     return LocalJob(config, **({name: getattr(arguments, name) for name in names} | fields))
 
 
-def resume_local(job: dict[str, Any], *_: bool) -> int:
-    """Start a recorded job again; here that costs nothing, and is not asked for twice."""
-    again = LocalJob(**job)
+def resume_local(run: str, job: dict[str, Any], *_: bool) -> int:
+    """Start the job recorded in the folder `run` again; here that costs nothing, and is not asked for twice.
+
+    Raises:
+        UserError: the folder where it was started is gone.
+    """
+    again, here = LocalJob(**job), str(location(run))
+    if again.root != here:  # moved or copied; data and all else are still where it was started
+        again = dataclasses.replace(again, run=here)
+    if not os.path.isdir(again.folder):
+        raise UserError(
+            f"{again.folder}, where {run} was started and its relative paths begin, is gone; start the run by its "
+            f"own command, with --run {run}"
+        )
     say(f"[launch] {shlex.join(again.command)}  # in {again.folder}")
     return run_local(again)

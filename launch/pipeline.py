@@ -41,6 +41,13 @@ def predecessor(family: str, first: str | None, overrides: list[str]) -> str:
     return "" if any(word.startswith("init_from=") for word in overrides) else "".join(stages[-2:-1])
 
 
+def _refuse(arguments: Any, group: Any, where: str) -> None:
+    """A UserError for an option of the group that was given, and would be passed over in silence."""
+    for action in group._group_actions:  # argparse has no other list of them
+        if getattr(arguments, action.dest) != action.default:
+            raise UserError(f"{action.option_strings[0]} means nothing {where}")
+
+
 def add_pipeline_command(commands: Any, check_fit: CheckFit | None = None) -> None:
     """Add `pipeline` to the subparsers of `python -m launch`; `check_fit` is for `launch.pods`."""
 
@@ -53,12 +60,12 @@ def add_pipeline_command(commands: Any, check_fit: CheckFit | None = None) -> No
         here = not arguments.topology
         limit = (3 if here else 10) if arguments.max_restarts is None else arguments.max_restarts
         if here:
-            if arguments.bucket or arguments.image or arguments.submit:
-                raise UserError("a pipeline on pods needs to know which; add --topology, as in --topology v5e-256")
+            _refuse(arguments, pods, "on this machine; leave it out, or add --topology, as in --topology v5e-256")
             root = arguments.run or os.path.join("runs", family)
             start = [f"init_from={os.path.join(root, before)}"] if before else []
             run = os.path.join(root, only) if only else root
             return run_local(job_of(arguments, config, run=run, overrides=[*overrides, *start], max_restarts=limit))
+        _refuse(arguments, local, "on pods; leave it out")
         name = arguments.run or family.replace("_", "-")
         job = pod_job(arguments, arguments.on, config=config, name=name, max_restarts=limit, stage=only)
         if before:
@@ -79,7 +86,8 @@ def add_pipeline_command(commands: Any, check_fit: CheckFit | None = None) -> No
     sub.add_argument("--until", dest="last", metavar="STAGE", help="the last one")
     sub.add_argument("--run", help="folder on this machine (default: runs/FAMILY), or name of the job on pods")
     sub.add_argument("--max-restarts", type=int, metavar="K", help="after crashes (default: 3, on pods 10)")
-    add_local_options(sub.add_argument_group("on this machine"))
+    local = sub.add_argument_group("on this machine")
+    add_local_options(local)
     pods = sub.add_argument_group("on pods")
     pods.add_argument("--on", choices=list(LAUNCHERS), default="gke", help="what starts it there (default: gke)")
     add_pod_options(pods, list(LAUNCHERS), required=False)

@@ -19,6 +19,7 @@ from launch.slices import Slice
 from moe_jax.command_line import add_command
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
+from moe_jax.files import is_remote, location
 
 # (config, slice, slices, which stage of how many) -> tokens/s per chip, None where it cannot be told; raises
 # UserError where the job does not fit.
@@ -161,9 +162,15 @@ def _command(arguments: Any, launcher: str, check_fit: CheckFit | None) -> int:
 
 
 def relaunchers(check_fit: CheckFit | None = None) -> dict[str, Callable[..., int]]:
-    """For `launch.record.add_resume_command`: each launcher with a recorded job, whether to submit and to check."""
+    """For `launch.record.add_resume_command`: each launcher with a run, its job, whether to submit and to check."""
 
-    def relaunch(job: dict[str, Any], submit: bool, fit: bool) -> int:
-        return launch_job(Job(**job), submit, check_fit if fit else None)
+    def relaunch(run: str, job: dict[str, Any], submit: bool, fit: bool) -> int:
+        again = Job(**job)
+        if is_remote(run) and location(run) != location(again.run):
+            raise UserError(
+                f"{run} was copied from {again.run}, where its job would go on; start it by its own command, with "
+                "--bucket and --run of the copy"
+            )
+        return launch_job(again, submit, check_fit if fit else None)
 
     return dict.fromkeys(LAUNCHERS, relaunch)

@@ -27,7 +27,7 @@ _ROOT = Path(__file__).parents[1]
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it raises is said in one line, without its tracebacks
 
-Launch = Callable[[dict[str, Any], bool, bool], int]
+Launch = Callable[[str, dict[str, Any], bool, bool], int]
 
 
 def job_record(launcher: str, job: dict[str, Any], config: str, overrides: list[str]) -> dict[str, Any]:
@@ -101,11 +101,11 @@ def rebuild(record: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def add_resume_command(commands: Any, launchers: Mapping[str, Launch]) -> None:
-    """Add `resume RUN`; `launchers` start a rebuilt job, given it, whether to submit and whether to check fit."""
+    """Add `resume RUN`; `launchers` start a rebuilt job, given RUN, it, whether to submit and to check fit."""
 
     def resume(arguments: Any) -> int:
         launcher, job = rebuild(read_record(arguments.run))
-        return launchers[launcher](job, arguments.submit, arguments.fit)
+        return launchers[launcher](arguments.run, job, arguments.submit, arguments.fit)
 
     text = "start a recorded run again, exactly as it was started: at once if it ran on this machine, else as its "
     sub = add_command(

@@ -22,7 +22,7 @@ from etils import epath
 from launch.record import RECORD
 from moe_jax.command_line import add_command, add_json
 from moe_jax.errors import UserError
-from moe_jax.files import is_remote, location, read_lines, remote_filesystem, write_json
+from moe_jax.files import is_remote, location, parts, read_lines, remote_filesystem, write_json
 from moe_jax.train.catalogue import checkpoint_path, health
 
 _TAIL = 2**18  # bytes of a log that hold its last steps
@@ -147,22 +147,30 @@ def holder(folder: epath.Path) -> str:
     if match is None:
         return ""
     if match[2] != socket.gethostname():  # a disk that several machines share
-        age = time.time() - max(Path(path).stat().st_mtime for path in (lock, *Path(folder).glob("*.jsonl")))
+        age = time.time() - max(Path(path).stat().st_mtime for path in (lock, *Path(folder).glob("*.jsonl*")))
         return text.strip() if age < _STALE_SECONDS else ""
     return text.strip() if any(path == os.path.realpath(lock) for path in _open_files(int(match[1]))) else ""
 
 
 def last_steps(folder: epath.Path | Path) -> list[dict[str, Any]]:
-    """The last whole step lines of a run: some hundred, all of a short one."""
-    try:
-        with (folder / "metrics.jsonl").open("rb") as file:
-            begin = max(0, file.seek(0, os.SEEK_END) - _TAIL)
+    """The last whole step lines of a run: some hundred, all of a short one.
+
+    Raises:
+        UserError: one of them is no JSON.
+    """
+    path, data, begin = folder / "metrics.jsonl", b"", 0
+    for part in reversed(parts(path)):
+        with part.open("rb") as file:
+            begin = max(0, file.seek(0, os.SEEK_END) - (_TAIL - len(data)))
             file.seek(begin)
-            data = file.read()
-    except FileNotFoundError:
-        return []
+            data = file.read() + data
+        if begin:
+            break
     lines = data[: data.rfind(b"\n") + 1].splitlines()
-    return [json.loads(line) for line in lines[1 if begin else 0 :]]
+    try:
+        return [json.loads(line) for line in lines[1 if begin else 0 :]]
+    except ValueError:
+        return read_lines(path)  # from its start, and so it knows the number of the line
 
 
 def _open_files(process: int) -> Iterator[str]:

@@ -182,6 +182,12 @@ def test_a_run_is_in_the_bucket_itself_or_in_its_mount():
     assert mounted["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
 
 
+def test_folders_of_a_mounted_bucket_can_be_renamed_as_a_checkpoint_is_when_it_is_complete():
+    options = pod(mount=True)["spec"]["volumes"][1]["csi"]["volumeAttributes"]["mountOptions"].split(",")
+    limits = [int(word.partition("=")[2]) for word in options if word.startswith("rename-dir-limit=")]
+    assert "implicit-dirs" in options and len(limits) == 1 and limits[0] > 10_000
+
+
 @settings(max_examples=200)
 @given(st.lists(NASTY, max_size=4))
 def test_any_argument_and_variable_reaches_the_trainer_as_it_was_given(words):

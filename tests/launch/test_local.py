@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,53 @@ def test_a_local_run_is_recorded_and_resumed_exactly_from_anywhere(tiny, tmp_pat
     assert again == first and (again.processes, again.devices, again.max_restarts) == (2, 3, 9)
     assert again.folder == str(tmp_path) and again.environments[1]["JAX_ENABLE_X64"] == "0"
     assert read_record(str(tmp_path / "run"))["git"].keys() == {"commit", "diff", "untracked"}
+
+
+@pytest.fixture
+def trained(tiny, tmp_path, monkeypatch) -> list[LocalJob]:
+    """Jobs in their order; the first was started in `old`, its run is `run` there, with a checkpoint of step 4."""
+    jobs: list[LocalJob] = []
+    monkeypatch.setattr(_Supervisor, "run", lambda self: jobs.append(self._job) or 0)
+    (tmp_path / "old").mkdir()
+    monkeypatch.chdir(tmp_path / "old")
+    assert main(["local", str(tiny.root / "config.json"), "--run", "run"]) == 0
+    checkpoint = tmp_path / "old/run/checkpoints/4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checksums.json").write_text("{}")
+    monkeypatch.chdir(ROOT)
+    return jobs
+
+
+def test_a_moved_or_copied_run_goes_on_in_the_folder_that_is_named(tiny, trained, tmp_path, capfd):
+    old, new = tmp_path / "old/run", tmp_path / "new/run"
+    shutil.copytree(old, new)
+    (new / "config.json").write_text((tiny.root / "config.json").read_text())
+    assert main(["resume", str(new)]) == 0
+    shutil.rmtree(old)
+    assert main(["resume", str(new)]) == 0 and not old.exists()
+    _, copied, moved = trained
+    # The working directory is still the old one, for relative paths of data.
+    assert copied == moved and (moved.root, moved.folder) == (str(new), str(tmp_path / "old"))
+    assert f"--run {new}  # in {tmp_path}/old" in capfd.readouterr().out
+    assert _Supervisor(moved, moved.stages)._reached() == (4,)
+    assert read_record(str(new))["job"]["run"] == str(new)
+
+
+def test_a_run_whose_working_directory_is_gone_is_refused_with_what_to_do(trained, tmp_path, capfd):
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert main(["resume", str(tmp_path / "new/run")]) == MISTAKEN
+    error = capfd.readouterr().err
+    assert f"{tmp_path}/old, where" in error and f"with --run {tmp_path}/new/run" in error
+    assert error.count("\n") == 1 and len(trained) == 1
+
+
+def test_a_local_run_in_a_bucket_is_recorded_and_resumed_there(tiny, tmp_path, monkeypatch, bucket):
+    jobs: list[LocalJob] = []
+    monkeypatch.setattr(_Supervisor, "run", lambda self: jobs.append(self._job) or 0)
+    monkeypatch.chdir(tmp_path)
+    assert main(["local", str(tiny.root / "config.json"), "--run", f"{bucket}/run"]) == 0
+    assert main(["resume", f"{bucket}/run"]) == 0
+    assert not list(tmp_path.iterdir()) and jobs[0] == jobs[1] and jobs[1].root == f"{bucket}/run"
 
 
 def test_a_folder_that_is_no_run_is_refused_and_nothing_is_written(tiny, tmp_path, capfd):

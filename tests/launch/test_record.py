@@ -38,6 +38,17 @@ def test_a_recorded_run_is_rebuilt_exactly_and_refused_once_its_config_is_anothe
     assert "none/launch.json cannot be read" in capfd.readouterr().err
 
 
+def test_a_copied_run_of_pods_is_refused_and_not_gone_on_with_where_it_was_copied_from(capfd, bucket):
+    given_job = job(bucket=bucket)
+    record = job_record("gke", given_job.to_dict(), given_job.config, given_job.overrides)
+    for run_folder in (f"{bucket}/mobilemoe-s", f"{bucket}/copy"):
+        write_record(run_folder, record)
+    assert run("resume", f"{bucket}/copy") == 2
+    out, error = capfd.readouterr()
+    assert out == "" and error.count("\n") == 1 and f"was copied from {bucket}/mobilemoe-s" in error
+    assert run("resume", f"{bucket}/mobilemoe-s/") == 0
+
+
 def test_a_record_holds_commit_difference_and_new_files():
     git = job_record("gke", {}, "mobilemoe_s", [])["git"]
     if not (ROOT / ".git").exists():

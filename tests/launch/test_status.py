@@ -114,6 +114,24 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path):
     assert 100 < len(found) < 1000 and found[-1]["step"] == 1 and last_steps(tmp_path / "none") == []
 
 
+def test_the_last_steps_of_a_log_of_several_files_are_in_the_last_ones(tmp_path):
+    lines = [json.dumps({"step": step, "pad": "x" * 1000}) + "\n" for step in range(1000)]
+    for name, some in (("", lines[:500]), (".0001", lines[500:998]), (".0002", lines[998:])):
+        (tmp_path / f"metrics.jsonl{name}").write_text("".join(some))
+    found = [line["step"] for line in last_steps(tmp_path)]
+    assert 100 < len(found) < 400 and found == list(range(1000 - len(found), 1000))
+
+
+@pytest.mark.parametrize("before", [3, 1000])
+def test_a_damaged_line_of_the_log_is_named_by_its_number_in_the_file(finished, tmp_path, capsys, before):
+    run = shutil.copytree(finished, tmp_path / "run")
+    line = json.dumps({"step": 1, "loss": 1.0, "pad": "x" * 1000}) + "\n"
+    (run / "metrics.jsonl").write_text(line * before + '{"step": 2, "lo\n' + line)
+    assert main(["status", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert f"{run}/metrics.jsonl line {before + 1} is damaged" in error and error.count("\n") == 1
+
+
 def test_what_is_no_run_is_refused(tmp_path, capsys):
     assert main(["status", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
