@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from conversion import bench_commands, gguf, hf
-from conversion.bench_commands import lengths, options, say
+from conversion.bench_commands import add_threads, lengths, options, say
 from conversion.litert import FORMS
-from moe_jax.command_line import add_command, add_json, guarded, make_parser, parse
+from moe_jax.command_line import add_command, add_json, at_least, guarded, make_parser, parse
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
@@ -49,7 +49,18 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return guarded(arguments.command, arguments)
+    return guarded(_run, arguments)
+
+
+def _run(arguments: Any) -> int:
+    """Call the command and write what it found; 1 where that is a failure."""
+    path = getattr(arguments, "json", None)
+    if path and Path(path).is_dir():  # told before minutes of work, not after them
+        raise UserError(f"{path} is a folder; name a file for --json")
+    result = arguments.command(arguments)
+    if path:
+        write_json(path, result)
+    return 1 if (result or {}).get("failed") else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,12 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     add = partial(add_command, commands)
 
     def add_checkpoint(sub: Any) -> None:
-        sub.add_argument("--step", type=int, help="this checkpoint instead of the last")
+        sub.add_argument("--step", type=at_least(0), help="this checkpoint instead of the last")
         sub.add_argument("--tokenizer", metavar="PATH", help="default: the run's tokenizer.json")
         sub.add_argument("--quantize-float", action="store_true", help="accept a run that had no QAT stage")
-
-    def add_threads(sub: Any) -> None:
-        sub.add_argument("--threads", type=int, default=2, help="CPU threads of the engine")
 
     sub = add(
         "export",
@@ -75,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("output", nargs="?", help="the bundle, ending in .litertlm")
     sub.add_argument("--out", metavar="DIR", help="instead of a name: the folder for <last part of run>.litertlm")
     sub.add_argument("--random-weights", action="store_true", help="a model of these shapes, to measure with")
-    sub.add_argument("--seed", type=int, default=0, help="of random weights")
+    sub.add_argument("--seed", type=at_least(0), default=0, help="of random weights")
     add_checkpoint(sub)
-    sub.add_argument("--context", type=int, help="most tokens of prompt and answer (default: as trained)")
+    sub.add_argument("--context", type=at_least(1), help="most tokens of prompt and answer (default: as trained)")
     sub.add_argument(
         "--prefill",
         type=lengths,
@@ -105,9 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run_dir", metavar="run", help="run folder that was exported")
     sub.add_argument("bundle", help="what it was exported to")
     add_checkpoint(sub)
-    sub.add_argument("--texts", type=int, default=16, help="held-out pieces that the engine reads")
-    sub.add_argument("--tokens", type=int, default=128, help="tokens of each")
-    sub.add_argument("--probes", type=int, default=16, help="next tokens asked for in each")
+    sub.add_argument("--texts", type=at_least(1), default=16, help="held-out pieces that the engine reads")
+    sub.add_argument("--tokens", type=at_least(1), default=128, help="tokens of each")
+    sub.add_argument("--probes", type=at_least(1), default=16, help="next tokens asked for in each")
     add_threads(sub)
     add_json(sub)
 
@@ -117,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _export(arguments: Any) -> None:
+def _export(arguments: Any) -> dict[str, Any]:
     from conversion.export import export, export_random
 
     given = options(arguments)
@@ -131,18 +139,17 @@ def _export(arguments: Any) -> None:
     else:
         result = export(source, output, **given, say=say)
     _table(result)
-    _write(arguments, result)
+    return result
 
 
-def _verify(arguments: Any) -> int:
+def _verify(arguments: Any) -> dict[str, Any]:
     from conversion.verify import BOUNDS, verify
 
     result = verify(**options(arguments), say=say)
     _table(result["export"] | result["parity"], BOUNDS)
-    _write(arguments, result)
     for sentence in result["failed"][:20]:
         print(f"failed: {sentence}", file=sys.stderr)
-    return 1 if result["failed"] else 0
+    return result
 
 
 def _config(name: str) -> RunConfig:
@@ -156,11 +163,6 @@ def _table(values: dict[str, Any], bounds: dict[str, tuple[float, float]] | None
         shown = f"{value:.6g}" if isinstance(value, float) else f"{value}"
         least, most = (bounds or {}).get(name, (None, None))
         print(f"{name:30} {shown:>14}" + ("" if least is None else f"   {least:g} .. {most:g}"))
-
-
-def _write(arguments: Any, result: dict[str, Any]) -> None:
-    if arguments.json:
-        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_jax.command_line import add_command, add_json
+from moe_jax.command_line import add_command, add_json, at_least, top_p
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.errors import UserError
-from moe_jax.files import write_json
 from moe_jax.overrides import from_dict
 
 
 def add_commands(commands: Any, load: Callable[[str], RunConfig]) -> None:
     """Add all of them; `load` finds a registered config."""
     _add_bench(commands)
-    add_bench_layer(commands)
+    _add_bench_layer(commands)
     sub = add_command(
         commands,
         "roofline",
@@ -55,10 +54,12 @@ def _add_bench(commands: Any) -> None:
     )
     sub.add_argument("--prefill", type=lengths, default=(), help="tokens of prompts (default 128,512,1024)")
     sub.add_argument("--contexts", type=lengths, default=(), help="where to write (default 256,1024,4096,8192)")
-    sub.add_argument("--decode", type=int, default=0, help="tokens of an answer (default 128, or half a context)")
-    sub.add_argument("--texts", type=int, default=3, help="pieces of text, each a round of all models")
+    sub.add_argument(
+        "--decode", type=at_least(1), default=0, help="tokens of an answer (default 128, or half a context)"
+    )
+    sub.add_argument("--texts", type=at_least(1), default=3, help="pieces of text, each a round of all models")
     sub.add_argument("--text", default="stdlib:heldout", help="path, glob or part of the corpus")
-    sub.add_argument("--threads", type=int, default=2, help="most threads; every number up to it is measured")
+    add_threads(sub, "most threads; every number up to it is measured")
     sub.add_argument("--cache", metavar="DIR", help="where the engine keeps packed weights (default: temporary)")
     sub.add_argument(
         "--profile",
@@ -68,8 +69,7 @@ def _add_bench(commands: Any) -> None:
     add_json(sub)
 
 
-def add_bench_layer(commands: Any) -> None:
-    """Add `bench-layer` alone."""
+def _add_bench_layer(commands: Any) -> None:
     sub = add_command(
         commands,
         "bench-layer",
@@ -80,10 +80,12 @@ def add_bench_layer(commands: Any) -> None:
     )
     sub.add_argument("--experts", choices=("sparse", "kernel"), default="sparse", help="stock ops or the custom op")
     sub.add_argument("--tokens", type=lengths, default=(1, 128, 1024), help="default 1,128,1024")
-    sub.add_argument("--threads", type=int, default=2, help="most threads; every number up to it is measured")
+    add_threads(sub, "most threads; every number up to it is measured")
     for name, default in {"width": 768, "expert-width": 384, "count": 60, "choices": 4}.items():
-        sub.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    sub.add_argument("--seconds", type=float, default=0.5, help="of each form with each number of threads")
+        sub.add_argument(f"--{name}", type=at_least(1), default=default, help=f"default {default}")
+    sub.add_argument(
+        "--seconds", type=at_least(0, float), default=0.5, help="of each form with each number of threads"
+    )
     add_json(sub)
 
 
@@ -98,11 +100,11 @@ def _add_chat(commands: Any) -> None:
     )
     sub.add_argument("bundle")
     sub.add_argument("--prompt", help="one question")
-    sub.add_argument("--max-tokens", type=int, default=256, help="of each reply")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    sub.add_argument("--top-p", type=float, default=1.0)
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--threads", type=int, default=2, help="CPU threads of the engine")
+    sub.add_argument("--max-tokens", type=at_least(1), default=256, help="of each reply")
+    sub.add_argument("--temperature", type=at_least(0, float), default=0.0, help="0 takes the likeliest token")
+    sub.add_argument("--top-p", type=top_p, default=1.0)
+    sub.add_argument("--seed", type=at_least(0), default=0)
+    add_threads(sub)
     sub.add_argument(
         "--show-experts",
         action="store_true",
@@ -112,7 +114,12 @@ def _add_chat(commands: Any) -> None:
 
 def lengths(text: str) -> tuple[int, ...]:
     """The numbers of an option like 16,128."""
-    return tuple(int(part) for part in text.split(","))
+    return tuple(map(at_least(1), text.split(",")))
+
+
+def add_threads(sub: Any, text: str = "CPU threads of the engine") -> None:
+    """Let the command take a number of threads."""
+    sub.add_argument("--threads", type=at_least(1), default=2, help=text)
 
 
 def options(arguments: Any, *left_out: str) -> dict[str, Any]:
@@ -125,13 +132,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _finish(arguments: Any, text: str, result: Any) -> None:
-    print(text)
-    if arguments.json:
-        write_json(arguments.json, result)
-
-
-def _bench(arguments: Any) -> None:
+def _bench(arguments: Any) -> dict[str, Any]:
     if arguments.profile:
         from conversion import bench_profile
 
@@ -140,25 +141,28 @@ def _bench(arguments: Any) -> None:
             arguments.bundle, threads=arguments.threads, text=arguments.text, say=say, **context
         )
         bench_profile.draw(result, arguments.profile)
-        return _finish(arguments, bench_profile.table(result), result)
+        print(bench_profile.table(result))
+        return result
     from conversion import bench
 
     if arguments.llama_cpp == "":
         arguments.llama_cpp = Path(arguments.bundle).with_suffix(".gguf")
     result = bench.bench(**options(arguments, "profile"), say=say)
-    return _finish(arguments, bench.table(result), result)
+    print(bench.table(result))
+    return result
 
 
-def _bench_layer(arguments: Any) -> None:
+def _bench_layer(arguments: Any) -> dict[str, Any]:
     from conversion import bench_layer
 
     given = options(arguments, "width", "expert_width", "count", "choices")
     shape = arguments.width, arguments.expert_width, arguments.count, arguments.choices
     result = bench_layer.bench_layer(**given, shape=shape, say=say)
-    _finish(arguments, bench_layer.table(result), result)
+    print(bench_layer.table(result))
+    return result
 
 
-def _roofline(arguments: Any, load: Callable[[str], RunConfig]) -> None:
+def _roofline(arguments: Any, load: Callable[[str], RunConfig]) -> dict[str, Any]:
     from conversion import roofline
 
     def model(name: str) -> ModelConfig:
@@ -171,7 +175,8 @@ def _roofline(arguments: Any, load: Callable[[str], RunConfig]) -> None:
             raise UserError(f"{path} cannot be read ({error}); name another run") from None
 
     result = roofline.roofline(arguments.file, arguments.phone, model)
-    _finish(arguments, roofline.table(result), result)
+    print(roofline.table(result))
+    return result
 
 
 def _chat(arguments: Any) -> None:

@@ -33,6 +33,7 @@ from conversion.litert import kernel_op
 from conversion.litert.dense import DenseExperts
 from conversion.litert.experts import Experts, expand, feed_forward, tiling
 from conversion.litert.flatbuffer import Model
+from moe_jax.errors import UserError
 
 TOKENS = (1, 128, 1024)
 _ROUNDS, _PAUSE = 6, 0.05  # blocks of each form; seconds before one, until the last pool of threads sleeps
@@ -117,7 +118,14 @@ def bench_layer(
 
     `decode_over_dense` is the sparse form's median time over the dense one's at 1 token, `prefill<n>_over_dense` at
     n. `shape` is D, F, E, K; a form runs for about `seconds` with each number of threads from 1 to `threads`.
+    UserError for a shape that no layer has.
     """
+    d, f, e, k = shape
+    if k > e or d % 32 or f % 32:
+        raise UserError(
+            f"{k} of {e} experts, {d} and {f} wide, make no layer; choose no more than there are, and widths that "
+            "are multiples of 32"
+        )
     environment = None
     if experts == "kernel":
         from conversion.kernel import register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -26,10 +27,11 @@ class Candidate:
         """Start to load; `kind` is litert or llama, `last` as `bench_worker.main` takes it."""
         self.path, self.threads = path, threads
         words = [sys.executable, "-m", "conversion.bench_worker", kind, str(path), str(threads), *last]
-        root = Path(__file__).parents[1]  # where the package is found however this process found it
-        pipe = subprocess.PIPE
+        # The package is found however this process found it, and files from where this process stands.
+        found = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env, pipe = os.environ | {"PYTHONPATH": os.pathsep.join(found)}, subprocess.PIPE
         self._process = subprocess.Popen(
-            words, cwd=root, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+            words, env=env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
         )
         self.memory: dict[str, float] = {}
         try:

@@ -22,6 +22,7 @@ from ai_edge_litert import schema_py_generated as schema
 from conversion.bench_process import Texts
 from conversion.bench_runtime import Event, Runtime
 from conversion.kernel import EMBEDDING, NAMES
+from conversion.litert.container import entries, intact
 from conversion.readback import kernel_weights, sections
 from moe_jax.errors import UserError
 from moe_jax.files import write_bytes
@@ -60,8 +61,8 @@ def profile(
     texts, result = Texts(text, parts.tokenizer), {}
     with tempfile.TemporaryDirectory() as folder:
         say(f"loading {bundle}")
-        runtime = Runtime(parts.tflite, threads, Path(folder, "weights"))
-        spots = _Spots(parts.tflite)
+        with intact(bundle):
+            runtime, spots = Runtime(parts.tflite, threads, Path(folder, "weights")), _Spots(parts.tflite)
         for length in runtime.lengths[::-1]:
             if length <= limit:
                 say(f"prefill of {length} tokens")
@@ -135,13 +136,10 @@ class _Spots:
 
     def __init__(self, tflite: memoryview) -> None:
         model: Any = schema.Model.GetRootAs(tflite, 0)
-        codes = [model.OperatorCodes(i) for i in range(model.OperatorCodesLength())]
-        graphs = [model.Subgraphs(i) for i in range(model.SubgraphsLength())]
+        graphs = entries(model, "Subgraphs")
         self._inside = {i: spot for i, g in enumerate(graphs) if (spot := _spot((g.Name() or b"").decode()))}
-        self._products: dict[int, list[Spot]] = {}
-        for i in range(model.SignatureDefsLength()):
-            index = model.SignatureDefs(i).SubgraphIndex()
-            self._products[index] = _products(graphs[index], codes)
+        mains = {signature.SubgraphIndex() for signature in entries(model, "SignatureDefs")}
+        self._products = {main: _products(model, graphs[main]) for main in mains}
 
     def walk(self, record: Sequence[Event]) -> Walk:
         """The events of ops with their places, those of the branches' own nodes left out."""
@@ -172,22 +170,17 @@ class _Spots:
         return walked
 
 
-def _products(graph: Any, codes: Sequence[Any]) -> list[Spot]:
+def _products(model: Any, graph: Any) -> list[Spot]:
     """Place of each INT4 product and each op of the kernel, in order; each needs the one before it."""
     spots: list[Spot] = []
-    for i in range(graph.OperatorsLength()):
-        op = graph.Operators(i)
-        code = codes[op.OpcodeIndex()]
-        name = (code.CustomCode() or b"").decode()
-        if name == EMBEDDING:
-            spots.append((-1, "embedding"))
-        elif name in NAMES:
-            (place, _), *_ = kernel_weights(name, op.CustomOptionsAsNumpy().tobytes())
-            spots.append(_spot(graph.Tensors(op.Inputs(place)).Name().decode()) or (-1, "head"))
-        elif code.BuiltinCode() == schema.BuiltinOperator.FULLY_CONNECTED:
-            weight = graph.Tensors(op.Inputs(1))
-            if weight.Type() == schema.TensorType.INT4:
-                spots.append(_spot(weight.Name().decode()) or (-1, "head"))
+    for op in entries(graph, "Operators"):
+        code = model.OperatorCodes(op.OpcodeIndex())
+        weights = [tensor for tensor, _ in kernel_weights(model, graph, op)]
+        if code.BuiltinCode() == schema.BuiltinOperator.FULLY_CONNECTED:
+            weights = [w for w in (graph.Tensors(op.Inputs(1)),) if w.Type() == schema.TensorType.INT4]
+        if weights:
+            outside = -1, "embedding" if code.CustomCode() == EMBEDDING.encode() else "head"
+            spots.append(_spot(weights[0].Name().decode()) or outside)
     return spots
 
 

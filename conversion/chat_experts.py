@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ai_edge_litert import schema_py_generated as schema
 
 from conversion.bench_runtime import Runtime
+from conversion.litert.container import entries, intact
 from conversion.readback import sections
 from moe_jax.data import chat
 from moe_jax.data.corpus import Message
@@ -40,8 +41,9 @@ class Experts:
     def __init__(self, bundle: str | Path, threads: int) -> None:
         """UserError where no graphs of single experts are in the file."""
         parts = sections(bundle)
-        model: Any = schema.Model.GetRootAs(parts.tflite, 0)
-        names = [(model.Subgraphs(i).Name() or b"").decode() for i in range(model.SubgraphsLength())]
+        with intact(bundle):
+            graphs = entries(schema.Model.GetRootAs(parts.tflite, 0), "Subgraphs")
+            names = [(graph.Name() or b"").decode() for graph in graphs]
         matches = {i: found for i, name in enumerate(names) if (found := _EXPERT.fullmatch(name))}
         if not matches:
             raise UserError(
@@ -52,7 +54,8 @@ class Experts:
         self.layers, self.count = (max(pair[at] for pair in self._graphs.values()) + 1 for at in (0, 1))
         self._tokenizer, self._room = parts.tokenizer, parts.metadata.max_num_tokens
         self._folder = tempfile.TemporaryDirectory()
-        self._runtime = Runtime(parts.tflite, threads, Path(self._folder.name, "weights"))
+        with intact(bundle):
+            self._runtime = Runtime(parts.tflite, threads, Path(self._folder.name, "weights"))
         self._taken: list[int] = []
 
     def __enter__(self) -> Experts:

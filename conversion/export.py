@@ -139,7 +139,7 @@ def write(
             say("reading all codes and scales back")
             parts, known = readback.sections(bundled), Codes(weights)
             # Experts side by side, which only serve to compare with, have no names in the file.
-            found = readback.Findings() if experts == "dense" else readback.compare(parts.tflite, known)
+            found = readback.Findings() if experts == "dense" else readback.compare(parts.tflite, known, output)
             if found.mismatches:
                 raise UserError(f"{output} does not hold its source ({found.reports[0]}); check the disk")
             digest = _sha256(bundled)

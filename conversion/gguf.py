@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_jax.command_line import add_command, add_json
+from moe_jax.command_line import add_command, add_json, at_least
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.errors import UserError
-from moe_jax.files import write_json
 
 TYPES = ("q4_0", "f32")
 
@@ -32,8 +31,8 @@ def add_commands(commands: Any, load: Callable[[str], RunConfig]) -> None:
         "--type", dest="kind", choices=TYPES, default="q4_0", help="f32 holds the same values, to compare with"
     )
     sub.add_argument("--random-weights", action="store_true", help="a model of these shapes, to measure with")
-    sub.add_argument("--seed", type=int, default=0, help="of random weights")
-    sub.add_argument("--step", type=int, help="this checkpoint instead of the last")
+    sub.add_argument("--seed", type=at_least(0), default=0, help="of random weights")
+    sub.add_argument("--step", type=at_least(0), help="this checkpoint instead of the last")
     sub.add_argument(
         "--tokenizer", metavar="PATH", help="default: the run's tokenizer.json, none for random weights"
     )
@@ -96,7 +95,7 @@ def _free(output: str | Path, overwrite: bool) -> Path:
     return output
 
 
-def _gguf(arguments: Any, load: Callable[[str], RunConfig]) -> None:
+def _gguf(arguments: Any, load: Callable[[str], RunConfig]) -> dict[str, Any]:
     options = {name: getattr(arguments, name) for name in ("kind", "tokenizer", "overwrite")}
     if arguments.random_weights:
         model = load(arguments.source).model
@@ -105,5 +104,4 @@ def _gguf(arguments: Any, load: Callable[[str], RunConfig]) -> None:
         options |= {name: getattr(arguments, name) for name in ("step", "quantize_float")}
         result = export_run(arguments.source, arguments.output, **options)
     print(f"file {result['file']}: {result['bytes'] / 1e9:.3f} GB, {result['type']}, for llama.cpp")
-    if arguments.json:
-        write_json(arguments.json, result)
+    return result

@@ -51,8 +51,8 @@ def write_gguf(
     if tokenizer is not None:
         words = vocabulary(tokenizer, config.vocab_size)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         _write(aside, weights, kind, name or path.stem, words)
         size = aside.stat().st_size
         aside.replace(path)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_jax.command_line import add_command, add_json
-from moe_jax.files import write_json
+from moe_jax.command_line import add_command, add_json, at_least
 
 LAYOUTS = ("bf16", "int4-g32")
 _ALLOW = "round INT4 experts again where groups run along the other axis; the report says what it costs"
@@ -38,14 +37,14 @@ def add_commands(commands: Any) -> None:
     sub.add_argument("run_dir", metavar="run", help="run folder")
     sub.add_argument("folder", help="folder to write")
     sub.add_argument("--format", dest="kind", choices=LAYOUTS, default="bf16", help="default bf16")
-    sub.add_argument("--step", type=int, help="this checkpoint instead of the last")
+    sub.add_argument("--step", type=at_least(0), help="this checkpoint instead of the last")
     sub.add_argument("--tokenizer", metavar="PATH", help="default: the run's tokenizer.json")
     sub.add_argument("--quantize-float", action="store_true", help="accept a run that had no QAT stage as INT4")
     sub.add_argument("--allow-requantization", action="store_true", help=_ALLOW)
     add_json(sub)
 
 
-def _import(arguments: Any) -> None:
+def _import(arguments: Any) -> dict[str, Any]:
     from conversion.hf_import import import_folder
 
     options = {"allow_requantization": arguments.allow_requantization, "stage": arguments.stage}
@@ -53,21 +52,21 @@ def _import(arguments: Any) -> None:
     print(f"run {result['run']}: {result['parameters']:,} parameters from {result['format']}")
     if result["unread_fields"]:
         print(f"fields of config.json that nothing here reads: {', '.join(result['unread_fields'])}")
-    _show(arguments, result, ("requantization",))
+    return _shown(result, "requantization")
 
 
-def _export(arguments: Any) -> None:
+def _export(arguments: Any) -> dict[str, Any]:
     from conversion.hf_export import export_folder
 
     names = ("kind", "step", "tokenizer", "quantize_float", "allow_requantization")
     options = {name: getattr(arguments, name) for name in names}
     result = export_folder(arguments.run_dir, arguments.folder, **options)
     print(f"folder {result['folder']}: {result['bytes'] / 1e9:.3f} GB as {result['format']}")
-    _show(arguments, result, ("rounding", "requantization"))
+    return _shown(result, "rounding", "requantization")
 
 
-def _show(arguments: Any, result: dict[str, Any], losses: tuple[str, ...]) -> None:
-    """What moved, tensor by tensor and in sum."""
+def _shown(result: dict[str, Any], *losses: str) -> dict[str, Any]:
+    """The same, having told what moved, tensor by tensor and in sum."""
     for kind in losses:
         tensors = result[kind]["tensors"]
         if not tensors:
@@ -76,5 +75,4 @@ def _show(arguments: Any, result: dict[str, Any], losses: tuple[str, ...]) -> No
         for name, moved in tensors.items():
             print(f"{kind}: {name} by {moved['relative_rms']:.3%} (at most {moved['max_abs']:.3g})")
         print(f"{kind}: in sum by {result[kind]['relative_rms']:.3%} (root mean square), {len(tensors)} tensors")
-    if arguments.json:
-        write_json(arguments.json, result)
+    return result

@@ -12,7 +12,6 @@ import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +21,9 @@ from ai_edge_litert import schema_py_generated as tflite
 from litert_lm_builder import litertlm_header_schema_py_generated as header
 from litert_lm_builder.runtime.proto import llm_metadata_pb2 as _pb2
 
-from conversion.kernel import EMBEDDING, EXPERTS, LINEAR, MIXTURE, NAMES, SELF_ATTENTION
+from conversion.kernel import EMBEDDING, EXPERTS, LINEAR, MIXTURE, SELF_ATTENTION
 from conversion.litert import container
+from conversion.litert.container import entries, intact
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 
@@ -31,7 +31,7 @@ pb2: Any = _pb2  # its classes are made at run time
 Expected = Mapping[str, tuple[np.ndarray, np.ndarray]]
 _AT_HAND = 1 << 26  # bytes of a file that may stay in memory
 _ROWS, _BLOCK = 16, 32  # of a group in a bank, and weights that share a scale there
-_EXPERT = re.compile(r"(?P<layer>.+)/(?P<expert>\d+)(_x\d+)?")  # a graph of one expert
+EXPERT = re.compile(r"(?P<layer>.+)/(?P<expert>\d+)(_x\d+)?")  # a graph of one expert
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,16 @@ class _Weight(NamedTuple):
     sums: np.ndarray | None = None
 
 
-def compare(model: memoryview, expected: Expected) -> Findings:
+def compare(model: memoryview, expected: Expected, path: str | Path = "the .tflite") -> Findings:
     """Every code and scale of every INT4 tensor in a .tflite against `expected`, and nothing expected left out.
 
     `expected` maps a weight's name to codes int8 [..., out, in] and scales float16 [..., out, in/group]. Of experts
-    in the kernel's layout, the sums that it keeps for the zero point are compared too.
+    in the kernel's layout, the sums that it keeps for the zero point are compared too. Where the file is so damaged
+    that it shows no weights, a UserError names its `path`.
     """
     result, left = Findings(), {}  # labels of each weight that was met, with their sizes, until they are met
     read = 0
-    for names, expert, codes, scales, sums in chain(_tensors(model), _banks(model)):
+    for names, expert, codes, scales, sums in _weights(model, path):
         if (read := read + codes.size // 2) > _AT_HAND and isinstance(model.obj, mmap.mmap):
             model.obj.madvise(mmap.MADV_DONTNEED)  # what was read of a mapped file counts as memory of the process
             read = 0
@@ -137,14 +138,18 @@ def _expert(weight: tuple[np.ndarray, np.ndarray], expert: int) -> tuple[np.ndar
     return (codes[:0], scales[:0]) if empty else (codes[expert], scales[expert])
 
 
+def _weights(raw: memoryview, path: str | Path) -> Iterator[_Weight]:
+    with intact(path):
+        yield from _tensors(raw)
+        yield from _banks(raw)
+
+
 def _tensors(raw: memoryview) -> Iterator[_Weight]:
     """Each INT4 tensor, once per buffer and label."""
     model, seen = tflite.Model.GetRootAs(raw, 0), set()
-    for i in range(model.SubgraphsLength()):
-        graph: Any = model.Subgraphs(i)
-        inside = _EXPERT.fullmatch((graph.Name() or b"").decode())
-        for j in range(graph.TensorsLength()):
-            tensor = graph.Tensors(j)
+    for graph in entries(model, "Subgraphs"):
+        inside = EXPERT.fullmatch((graph.Name() or b"").decode())
+        for tensor in entries(graph, "Tensors"):
             if tensor.Type() != tflite.TensorType.INT4:
                 continue
             label, expert = tensor.Name().decode(), None
@@ -165,50 +170,36 @@ def _banks(raw: memoryview) -> Iterator[_Weight]:
     """Each matrix that the kernel's ops read, whose layout is told in bank.py."""
     model: Any = tflite.Model.GetRootAs(raw, 0)
     seen = set()
-    for i in range(model.SubgraphsLength()):
-        graph = model.Subgraphs(i)
-        for j in range(graph.OperatorsLength()):
-            op = graph.Operators(j)
-            kind = (model.OperatorCodes(op.OpcodeIndex()).CustomCode() or b"").decode()
-            if kind not in NAMES:
-                continue
-            options, name = bytes(op.CustomOptionsAsNumpy()), _name_of(graph, op, op.InputsLength() - 1)
-            try:
-                for place, shape in kernel_weights(kind, options):
-                    tensor = graph.Tensors(op.Inputs(place))
-                    name = _name_of(graph, op, place)
-                    if (key := (name, tensor.Buffer(), shape)) not in seen:
-                        seen.add(key)
-                        read = _of_matrix if len(shape) == 2 else _of_experts
+    for graph in entries(model, "Subgraphs"):
+        for op in entries(graph, "Operators"):
+            for tensor, shape in kernel_weights(model, graph, op):
+                name = tensor.Name().decode()
+                if (key := (name, tensor.Buffer(), shape)) not in seen:
+                    seen.add(key)
+                    read = _of_matrix if len(shape) == 2 else _of_experts
+                    with intact(name):
                         yield from read(name, _content(raw, model, tensor), shape)
-            except (struct.error, ValueError) as error:
-                raise UserError(
-                    f"{name} does not hold the weights that its op describes ({error}); export the bundle again"
-                ) from None
 
 
-def _name_of(graph: Any, op: Any, place: int) -> str:
-    return graph.Tensors(op.Inputs(place)).Name().decode()
-
-
-def kernel_weights(kind: str, options: bytes) -> list[tuple[int, tuple[int, ...]]]:
-    """Which inputs of one of the kernel's ops are weights, with their shapes: [out, in], or E, D, F of experts.
+def kernel_weights(model: Any, graph: Any, op: Any) -> list[tuple[Any, tuple[int, ...]]]:
+    """The weights of an op of the kernel: tensors with their shapes, [out, in], or E, D, F of experts.
 
     Nothing for other ops; struct.error for options that are none of this op's.
     """
+    kind = (model.OperatorCodes(op.OpcodeIndex()).CustomCode() or b"").decode()
+    options, found = bytes(op.CustomOptionsAsNumpy()), {}  # shapes by the place among the op's inputs
     if kind in (LINEAR, EMBEDDING):
-        return [(1, struct.unpack("<2I", options))]
-    if kind == EXPERTS:
+        found[1] = struct.unpack("<2I", options)
+    elif kind == EXPERTS:
         count, _, width, hidden, _ = struct.unpack("<5I", options)
-        return [(3, (count, width, hidden))]
-    if kind == SELF_ATTENTION:
+        found[3] = count, width, hidden
+    elif kind == SELF_ATTENTION:
         width, heads, groups, head = struct.unpack("<4I8x", options)
-        return [(2, ((heads + 2 * groups) * head, width)), (3, (width, heads * head))]
-    if kind == MIXTURE:
+        found |= {2: ((heads + 2 * groups) * head, width), 3: (width, heads * head)}
+    elif kind == MIXTURE:
         count, width, hidden, shared = struct.unpack("<I4x2I16xI4x", options)
-        banks: list[tuple[int, tuple[int, ...]]] = [(4, (count, width, hidden)), (5, (1, width, shared))]
-        return banks if shared else banks[:1]
-    return []
+        found |= {4: (count, width, hidden)} | ({5: (1, width, shared)} if shared else {})
+    return [(graph.Tensors(op.Inputs(place)), shape) for place, shape in found.items()]
 
 
 def _of_matrix(name: str, content: np.ndarray, shape: tuple[int, ...]) -> Iterator[_Weight]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from conversion.phones import PHONES, Phone, find
 from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.errors import UserError
 from moe_jax.model.describe import describe
 
 CONTEXTS, PROMPTS = (256, 1024, 4096, 8192), (512, 1024, 4096)
@@ -135,59 +136,52 @@ def _check(phone: Phone, rate: Rates, load: LoadModel) -> dict[str, dict[str, di
 
 
 def config_of(bundle: str | Path) -> ModelConfig:
-    """The shapes of a bundle's model, as far as its decode graph shows them."""
+    """The shapes of a bundle's model, as far as its decode graph shows them; UserError where all experts run."""
     from ai_edge_litert import schema_py_generated as schema
 
-    from conversion.kernel import NAMES
-    from conversion.readback import kernel_weights, sections
+    from conversion.litert.container import entries, intact
+    from conversion.readback import EXPERT, kernel_weights, sections
 
     parts = sections(bundle)
-    model: Any = schema.Model.GetRootAs(parts.tflite, 0)
-    codes = [model.OperatorCodes(i) for i in range(model.OperatorCodesLength())]
-    signatures = [model.SignatureDefs(i) for i in range(model.SignatureDefsLength())]
-    graph = model.Subgraphs(next(s.SubgraphIndex() for s in signatures if s.SignatureKey() == b"decode"))
-    shapes: dict[str, tuple[int, ...]] = {}
-    choices = experts = width = 0
-    for i in range(graph.TensorsLength()):
-        shapes[graph.Tensors(i).Name().decode()] = tuple(map(int, graph.Tensors(i).ShapeAsNumpy()))
-    for i in range(graph.OperatorsLength()):
-        op = graph.Operators(i)
-        code = codes[op.OpcodeIndex()]
-        if code.BuiltinCode() == schema.BuiltinOperator.TOPK_V2:
-            choices = int(graph.Tensors(op.Outputs(0)).ShapeAsNumpy()[-1])
-        if (kernel := (code.CustomCode() or b"").decode()) in NAMES:
-            options = op.CustomOptionsAsNumpy().tobytes()
-            for place, shape in kernel_weights(kernel, options):
+    with intact(bundle):
+        model: Any = schema.Model.GetRootAs(parts.tflite, 0)
+        graphs = entries(model, "Subgraphs")
+        decodes = (s.SubgraphIndex() for s in entries(model, "SignatureDefs") if s.SignatureKey() == b"decode")
+        graph = graphs[next(decodes)]
+        shapes = {t.Name().decode(): tuple(map(int, t.ShapeAsNumpy())) for t in entries(graph, "Tensors")}
+        choices = width = 0
+        for op in entries(graph, "Operators"):
+            if model.OperatorCodes(op.OpcodeIndex()).BuiltinCode() == schema.BuiltinOperator.TOPK_V2:
+                choices = int(graph.Tensors(op.Outputs(0)).ShapeAsNumpy()[-1])
+            for tensor, shape in kernel_weights(model, graph, op):
                 if len(shape) == 3 and shape[0] > 1:
-                    (experts, _, width), (choices,) = shape, struct.unpack_from("<I", options, 4)
+                    (choices,) = struct.unpack_from("<I", bytes(op.CustomOptionsAsNumpy()), 4)
+                    width = shape[2]
                 else:
-                    shapes[graph.Tensors(op.Inputs(place)).Name().decode()] = shape[-2:]
-    for i in range(model.SubgraphsLength()):
-        name = (model.Subgraphs(i).Name() or b"").decode()
-        if "layers.0." in name and name.endswith("_x1") and "/" in name:
-            number = name.rpartition("/")[2].removesuffix("_x1")
-            experts = max(experts, int(number) + 1 if number.isdigit() else 0)
-            inside = model.Subgraphs(i)
-            tensors = (inside.Tensors(j) for j in range(inside.TensorsLength()))
-            width = next((int(t.Shape(1)) for t in tensors if t.Name() == b"down"), width)
-    vocab, d_model = shapes["model.embed_tokens"]
-    cache = shapes["kv_cache_k_0"]
-    layers = sum(name.startswith("kv_cache_k_") and name[11:].isdigit() for name in shapes)
-    rows = {name: shape for name, shape in shapes.items() if ".layers.0." in name and len(shape) == 2}
-    inputs = next(shape[1] for name, shape in rows.items() if name.endswith("o_proj"))
-    down = next((s[1] for n, s in rows.items() if n.endswith("down_proj") and "experts" not in n.split(".")), 0)
-    moe = MoEConfig(experts, choices, expert_width=width, shared_expert_width=down) if experts else None
-    return ModelConfig(
-        num_layers=layers,
-        d_model=d_model,
-        num_heads=inputs // cache[-1],
-        num_kv_heads=cache[1],
-        head_dim=cache[-1],
-        vocab_size=vocab,
-        ffn_width=down if moe is None else down + choices * width,
-        max_position_embeddings=parts.metadata.max_num_tokens,
-        moe=moe,
-    )
+                    shapes[tensor.Name().decode()] = shape[-2:]
+        inside = (t for g in graphs if EXPERT.fullmatch((g.Name() or b"").decode()) for t in entries(g, "Tensors"))
+        width = next((int(t.Shape(1)) for t in inside if t.Name() == b"down"), width)
+        rows = [(name, shape) for name, shape in shapes.items() if ".layers.0." in name and len(shape) == 2]
+        ends = "o_proj", "down_proj", "router.weight"
+        out, down, router = (next((shape for name, shape in rows if name.endswith(end)), (0, 0)) for end in ends)
+        if choices and not width:  # the form to compare with, whose experts are no longer told apart
+            raise UserError(f"{bundle} computes all experts on every token; name the sparse bundle")
+        if len({bool(router[0]), bool(choices), bool(width)}) > 1:
+            raise ValueError("it shows a part of its experts")
+        cache = shapes["kv_cache_k_0"]
+        vocab, d_model = shapes["model.embed_tokens"]
+        moe = MoEConfig(router[0], choices, width, down[1]) if choices else None
+        return ModelConfig(
+            num_layers=sum(name.startswith("kv_cache_k_") and name[11:].isdigit() for name in shapes),
+            d_model=d_model,
+            num_heads=out[1] // cache[-1],
+            num_kv_heads=cache[1],
+            head_dim=cache[-1],
+            vocab_size=vocab,
+            ffn_width=down[1] + choices * width,
+            max_position_embeddings=parts.metadata.max_num_tokens,
+            moe=moe,
+        )
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ import torch
 from conversion import heldout, keymap, readback, torch_ops
 from conversion.export import load, matching_tokenizer
 from conversion.kernel import register
+from conversion.litert.container import intact
 from conversion.litert.engine import Engine
 from conversion.readback import Findings
 from conversion.torch_model import MobileMoE, Reference
@@ -26,6 +27,7 @@ from conversion.weights import Weights
 from moe_jax.config import ModelConfig, QuantConfig
 from moe_jax.data import chat
 from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.errors import UserError
 from moe_jax.model.describe import describe
 from moe_jax.ops import fake_quant
 
@@ -68,7 +70,7 @@ def verify(
     tokens_of = matching_tokenizer(run_dir, run, Path(tokenizer or Path(run_dir) / "tokenizer.json"), step)
     parts = readback.sections(bundle)
     say("rung 1: codes and scales of the file against the checkpoint")
-    found = codes_and_scales(parts.tflite, run.model, parameters, source.group)
+    found = codes_and_scales(parts.tflite, run.model, parameters, source.group, bundle)
     result: dict[str, Any] = {
         "export": {
             "codes_checked": found.codes_checked,
@@ -83,13 +85,15 @@ def verify(
     if result["failed"]:
         return result
     context = parts.metadata.max_num_tokens
+    if context < 3:
+        raise UserError(f"{bundle} has room for {context} tokens; export it with a larger --context")
     tokens = min(tokens, context - 2)
     pieces = heldout.pieces(run.data.heldout, tokens_of, texts, tokens)
     parity = result["parity"]
     say("rung 2: JAX against PyTorch")
     parity |= jax_torch(parameters, source, [tokens_of.bos, *pieces[0]])
     say("rung 3: PyTorch against the .tflite through XNNPACK")
-    parity |= torch_tflite(source, parts.tflite, [tokens_of.bos, *pieces[0]], threads)
+    parity |= torch_tflite(source, parts.tflite, [tokens_of.bos, *pieces[0]], threads, path=bundle)
     say(f"rung 4: the engine against JAX on {len(pieces)} held-out pieces of {tokens} tokens")
     generator = Generator(run.model, dict(parameters), run.quant or QuantConfig(source.group))
     with Engine(bundle, threads, measured=True) as engine:
@@ -100,7 +104,9 @@ def verify(
     return result
 
 
-def codes_and_scales(tflite: memoryview, config: ModelConfig, parameters: Parameters, group: int) -> Findings:
+def codes_and_scales(
+    tflite: memoryview, config: ModelConfig, parameters: Parameters, group: int, path: str | Path = "the .tflite"
+) -> Findings:
     """Rung 1: what the file holds against the grid applied to the float32 master weights, in JAX's own layout."""
     codes, scales = {}, {}
     quantised = 0
@@ -120,7 +126,7 @@ def codes_and_scales(tflite: memoryview, config: ModelConfig, parameters: Parame
         for (tensor, code), (_, scale) in pairs
         if tensor.int4
     }
-    result = readback.compare(tflite, expected)
+    result = readback.compare(tflite, expected, path)
     if (listed := sum(code.size for code, _ in expected.values())) != quantised:
         result.wrong(abs(quantised - listed), f"the key map lists {listed} of {quantised} INT4 weights")
     return result
@@ -146,12 +152,17 @@ def jax_torch(parameters: Parameters, source: Weights, ids: Sequence[int]) -> di
 
 
 def torch_tflite(
-    source: Weights, tflite: memoryview, ids: Sequence[int], threads: int = 2, steps: int = 16
+    source: Weights,
+    tflite: memoryview,
+    ids: Sequence[int],
+    threads: int = 2,
+    steps: int = 16,
+    path: str | Path = "the .tflite",
 ) -> dict[str, float]:
     """Rung 3: logits of `steps` decode calls after one call of the shortest prefill, both with INT8 activations."""
     from ai_edge_litert.interpreter import Interpreter
 
-    with tempfile.NamedTemporaryFile(suffix=".tflite") as file:
+    with tempfile.NamedTemporaryFile(suffix=".tflite") as file, intact(path):
         file.write(tflite)
         file.flush()
         runtime = Interpreter(file.name, num_threads=threads, experimental_delegates=register.delegates(tflite))

@@ -36,8 +36,10 @@ class Engine:
         `measured` makes the engine count tokens and seconds, as `prompt_tokens` needs.
         """
         litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
-        path, self._scratch = _bundle(path), None
-        if register.needed(container.tflite(path)):
+        self._scratch = None
+        with container.intact(path):
+            needed = register.needed(container.tflite(path))
+        if needed:
             register.in_engine()
         if cache_dir is None:
             self._scratch = tempfile.TemporaryDirectory()
@@ -105,7 +107,7 @@ class Engine:
         """
         with self.conversation(1) as conversation:
             rendered = conversation.render_message_to_string(prompt)
-            conversation.send_message(prompt)
+            list(reply(conversation, prompt))
             info = conversation.get_benchmark_info()
             return self.tokenize(rendered), info.last_prefill_token_count
 
@@ -129,7 +131,7 @@ class Engine:
         The text must fit the bundle's context.
         """
         with self._session(1) as session:
-            session.run_prefill([self._start])
+            _fits(session.run_prefill, [self._start])
             return np.array(_fits(session.run_text_scoring, [text]).token_scores[0])
 
     def _session(self, max_tokens: int) -> interfaces.AbstractSession:
@@ -157,15 +159,3 @@ def _fits(call: Callable[[list[str]], Any], texts: list[str]) -> Any:
         raise UserError(
             f"the engine refused {texts[0][:20]!r}... ({error}); it must be shorter than the bundle's context"
         ) from None
-
-
-def _bundle(path: str | Path) -> Path:
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            magic = file.read(8)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; export a bundle first") from None
-    if magic != b"LITERTLM":
-        raise UserError(f"{path} is no .litertlm bundle; make one with 'python -m conversion export'")
-    return path

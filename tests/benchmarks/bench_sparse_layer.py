@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from conversion.bench_commands import add_bench_layer
-from moe_jax.command_line import guarded, make_parser, parse
-
-
-def main() -> int:
-    parser, commands = make_parser("python -m conversion", str(__doc__), "")
-    add_bench_layer(commands)
-    arguments = parse(parser, ["bench-layer", *sys.argv[1:]])
-    return guarded(arguments.command, arguments)
-
+from conversion.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["bench-layer", *sys.argv[1:]]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,15 @@ def test_a_model_reads_and_writes_as_many_tokens_as_it_is_asked_to(exported, sou
         assert model.ask("read", **more)["tokens"] == 4
         with pytest.raises(UserError, match="context may be too short"):
             model.ask("read", **texts.pieces(CONTEXT, 1)[0])
+
+
+@KINDS
+def test_paths_are_those_of_the_folder_that_the_command_runs_in(exported, tmp_path, monkeypatch):
+    shutil.copy(exported.bundle, tmp_path / "m.litertlm")
+    monkeypatch.chdir(tmp_path)
+    with Candidate("litert", "m.litertlm", 1, "cache") as model:
+        assert model.load_s > 0
+    assert list((tmp_path / "cache").glob("m.litertlm*"))
 
 
 @KINDS
@@ -175,3 +185,9 @@ def test_one_layer_is_measured_against_the_dense_one():
     assert result["decode_over_dense"] == result["tokens_1"]["sparse"]["median_ratio"] > 0
     assert result["prefill4_over_dense"] == result["tokens_4"]["sparse"]["median_ratio"] > 0
     assert result["tokens_1"]["dense"]["median_ratio"] == 1 and "streamed" in bench_layer.table(result)
+
+
+@pytest.mark.parametrize("shape", [(64, 32, 2, 4), (40, 32, 4, 2), (64, 16, 4, 2)], ids=str)
+def test_a_shape_that_no_layer_has_is_refused(shape):
+    with pytest.raises(UserError, match="make no layer"):
+        bench_layer.bench_layer((1,), threads=1, shape=shape)

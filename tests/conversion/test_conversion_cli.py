@@ -45,8 +45,9 @@ def test_every_command_shows_an_example(command, capsys):
         (["export", "{run}", "{bundle}"], "exists"),
         (["verify", "{run}", "{none}"], "cannot read"),
         (["verify", "{none}", "{bundle}"], "no complete checkpoint"),
-        (["verify", "{run}", "{run}/heldout.txt"], "no whole .litertlm"),
-        (["bench", "{run}/heldout.txt"], "no whole .litertlm"),
+        (["verify", "{run}", "{run}/heldout.txt"], "no .litertlm bundle"),
+        (["bench", "{run}/heldout.txt"], "no .litertlm bundle"),
+        (["verify", "{none}", "{none}", "--json", "{run}"], "is a folder"),  # before anything else
         (["bench", "{bundle}", "--prefill", "64", "--decode", "9"], "context of 64"),
         (["bench", "{bundle}", "--text", "{none}/*.txt", "--prefill", "8", "--decode", "4"], "no file"),
         (["chat", "{run}/heldout.txt", "--prompt", "x"], "no .litertlm bundle"),
@@ -59,6 +60,27 @@ def test_bad_input_is_one_sentence_and_status_2(run_dir, exported, tmp_path, cap
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and sentence in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "export run m.litertlm --seed -1", "export run m.litertlm --context 0", "export run m.litertlm --step -1",
+        "export run m.litertlm --prefill 16,0", "gguf run m.gguf --seed -1", "gguf run m.gguf --step -1",
+        "export-hf run out --step -1", "verify run m.litertlm --tokens 0", "verify run m.litertlm --texts 0",
+        "verify run m.litertlm --probes 0", "verify run m.litertlm --threads 0", "bench m.litertlm --texts 0",
+        "bench m.litertlm --threads 0", "bench m.litertlm --decode -1", "bench m.litertlm --prefill 0",
+        "bench m.litertlm --contexts 256,-1", "bench-layer --threads 0", "bench-layer --tokens 0",
+        "bench-layer --count 0", "bench-layer --seconds nan", "chat m.litertlm --top-p 5",
+        "chat m.litertlm --temperature -1", "chat m.litertlm --threads 0", "chat m.litertlm --max-tokens 0",
+        "chat m.litertlm --seed -1",
+    ],
+)  # fmt: skip
+def test_a_number_that_cannot_be_is_refused_by_its_option(words, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(words.split())
+    option = next(word for word in words.split() if word.startswith("--"))
+    assert done.value.code == 2 and f"argument {option}: " in capsys.readouterr().err
 
 
 @KINDS

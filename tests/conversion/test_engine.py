@@ -80,6 +80,8 @@ def test_a_text_beyond_the_context_is_refused(engine):
         engine.score(TEXT * 10)
     with pytest.raises(UserError, match="context"):
         engine.next_token(TEXT * 10)
+    with pytest.raises(UserError, match="context"):
+        engine.prompt_tokens(TEXT * 10)
 
 
 def test_the_same_files_give_the_same_bundle(exported, tmp_path):

@@ -168,7 +168,7 @@ def test_a_tokenizer_that_llama_cpp_would_apply_otherwise_is_refused(part, value
         vocabulary(tmp_path / "tokenizer.json", TINY.vocab_size)
 
 
-def test_random_weights_of_any_shape_are_written_for_measurements(tmp_path, monkeypatch):
+def test_random_weights_of_any_shape_are_written_for_measurements(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "configs.load", lambda name: RunConfig(model={"tiny": TINY}[name], data=DataConfig(seq_len=64))
     )
@@ -179,6 +179,8 @@ def test_random_weights_of_any_shape_are_written_for_measurements(tmp_path, monk
     want = weights.random(TINY, 3).int4("model.embed_tokens").dequantize()
     assert np.array_equal(found["token_embd.weight"], want)
     assert np.array_equal(read(tmp_path / "b.gguf")[1]["output.weight"], want)
+    assert main(["gguf", "tiny", str(tmp_path / "a.gguf" / "m.gguf"), "--random-weights"]) == 2
+    assert capsys.readouterr().err.endswith(f"error: {tmp_path}/a.gguf: File exists; name another place\n")
 
 
 def test_the_command_writes_a_file_and_refuses_in_a_sentence(tmp_path, capsys):

@@ -197,6 +197,18 @@ def test_both_commands_say_what_they_did(bf16, tmp_path, capsys):
     assert "no dense model" in errors[0] and "exists; name another folder" in errors[1]
 
 
+@pytest.mark.parametrize("command", ["export-hf", "import", "gguf"])
+def test_an_output_below_a_file_is_one_sentence_and_leaves_nothing(bf16, tmp_path, capsys, command):
+    published, run = bf16
+    (tmp_path / "file").write_text("mine")
+    words = {"export-hf": [run, "out"], "import": [published, "run"], "gguf": [run, "m.gguf", "--quantize-float"]}
+    source, name, *more = words[command]
+    assert main([command, str(source), str(tmp_path / "file" / name), *more]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == f"error: {tmp_path}/file: File exists; name another place"
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
+
+
 def test_training_goes_on_from_an_imported_folder(bf16, tmp_path):
     _, run = bf16
     (tmp_path / "text.txt").write_text("def add(first, second):\n    return first + second\n" * 200)

@@ -10,7 +10,7 @@ import pytest
 
 from conversion import heldout, readback, verify, weights
 from conversion.export import load
-from conversion.litert import bundle
+from conversion.litert import bundle, lower
 from conversion.weights import Weights
 from moe_jax.config import SourceConfig
 from moe_jax.data.tokenizer import Tokenizer
@@ -119,6 +119,23 @@ def test_weights_that_compute_something_else_fail_the_rungs_between(run_dir, exp
     assert verify.torch_tflite(exported.weights, tflite, ids[:4], 1)["torch_tflite_median_abs"] < 1e-3
 
 
+@KINDS
+def test_a_bundle_without_room_for_a_piece_of_text_is_named(run_dir, exported, tmp_path):
+    lower.export_tflite(exported.weights, tmp_path / "m.tflite", 2, (2,))
+    tokenizer = exported.bundle.with_name("tokenizer.json")
+    bundle.write_bundle(tmp_path / "m.tflite", tokenizer, tmp_path / "m.litertlm", 2)
+    with pytest.raises(UserError, match=r"m\.litertlm has room for 2 tokens; export it with a larger --context"):
+        verify.verify(run_dir, tmp_path / "m.litertlm")
+
+
+@KINDS
+def test_a_tflite_that_the_runtime_refuses_is_named(exported):
+    raw = bytearray(exported.tflite.read_bytes())
+    raw[:64] = bytes(64)
+    with pytest.raises(UserError, match=r"m\.litertlm is damaged"):
+        verify.torch_tflite(exported.weights, memoryview(raw), [6, 7, 8], 1, path="m.litertlm")
+
+
 @pytest.mark.parametrize("damage", ["missing", "foreign", "truncated"])
 @KINDS
 def test_what_is_no_whole_bundle_is_refused_in_words(exported, tmp_path, damage):
@@ -127,7 +144,7 @@ def test_what_is_no_whole_bundle_is_refused_in_words(exported, tmp_path, damage)
         path.write_bytes(b"something else entirely")
     elif damage == "truncated":
         path.write_bytes(exported.bundle.read_bytes()[:40_000])
-    with pytest.raises(UserError, match=r"cannot read|no whole \.litertlm"):
+    with pytest.raises(UserError, match=r"cannot read|no \.litertlm bundle|is damaged"):
         readback.sections(path)
 
 
