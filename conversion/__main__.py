@@ -14,7 +14,7 @@ from typing import Any
 from conversion import bench_commands, gguf, hf
 from conversion.bench_commands import add_threads, lengths, options, say
 from conversion.litert import FORMS
-from moe_jax.command_line import add_command, add_json, at_least, guarded, make_parser, parse
+from moe_jax.command_line import add_command, add_json, at_least, guarded, make_parser, parse, seed
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("output", nargs="?", help="the bundle, ending in .litertlm")
     sub.add_argument("--out", metavar="DIR", help="instead of a name: the folder for <last part of run>.litertlm")
     sub.add_argument("--random-weights", action="store_true", help="a model of these shapes, to measure with")
-    sub.add_argument("--seed", type=at_least(0), default=0, help="of random weights")
+    sub.add_argument("--seed", type=seed, default=0, help="of random weights")
     add_checkpoint(sub)
     sub.add_argument("--context", type=at_least(1), help="most tokens of prompt and answer (default: as trained)")
     sub.add_argument(

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_jax.command_line import add_command, add_json, at_least
+from moe_jax.command_line import add_command, add_json, at_least, seed
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.errors import UserError
 
@@ -31,7 +31,7 @@ def add_commands(commands: Any, load: Callable[[str], RunConfig]) -> None:
         "--type", dest="kind", choices=TYPES, default="q4_0", help="f32 holds the same values, to compare with"
     )
     sub.add_argument("--random-weights", action="store_true", help="a model of these shapes, to measure with")
-    sub.add_argument("--seed", type=at_least(0), default=0, help="of random weights")
+    sub.add_argument("--seed", type=seed, default=0, help="of random weights")
     sub.add_argument("--step", type=at_least(0), help="this checkpoint instead of the last")
     sub.add_argument(
         "--tokenizer", metavar="PATH", help="default: the run's tokenizer.json, none for random weights"

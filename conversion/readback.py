@@ -168,8 +168,7 @@ def _tensors(raw: memoryview) -> Iterator[_Weight]:
 
 def _banks(raw: memoryview) -> Iterator[_Weight]:
     """Each matrix that the kernel's ops read, whose layout is told in bank.py."""
-    model: Any = tflite.Model.GetRootAs(raw, 0)
-    seen = set()
+    model, seen = tflite.Model.GetRootAs(raw, 0), set()
     for graph in entries(model, "Subgraphs"):
         for op in entries(graph, "Operators"):
             for tensor, shape in kernel_weights(model, graph, op):
@@ -177,8 +176,10 @@ def _banks(raw: memoryview) -> Iterator[_Weight]:
                 if (key := (name, tensor.Buffer(), shape)) not in seen:
                     seen.add(key)
                     read = _of_matrix if len(shape) == 2 else _of_experts
-                    with intact(name):
+                    try:
                         yield from read(name, _content(raw, model, tensor), shape)
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from None
 
 
 def kernel_weights(model: Any, graph: Any, op: Any) -> list[tuple[Any, tuple[int, ...]]]:

@@ -110,16 +110,16 @@ def codes_and_scales(
     """Rung 1: what the file holds against the grid applied to the float32 master weights, in JAX's own layout."""
     codes, scales = {}, {}
     quantised = 0
-    for path, leaf in describe(config).items():
-        value = np.asarray(parameters[path], np.float32)
+    for name, leaf in describe(config).items():
+        value = np.asarray(parameters[name], np.float32)
         if (axis := leaf.quant_axis) is None:
-            codes[path] = scales[path] = value
+            codes[name] = scales[name] = value
             continue
         quantised += value.size
         found = fake_quant.int4_scales(value, axis, group)
-        codes[path] = fake_quant.int4_codes(value, found, axis, group)
+        codes[name] = fake_quant.int4_codes(value, found, axis, group)
         # Spread to the shape of the weight, so that the key map lays both out alike.
-        scales[path] = np.repeat(found.astype(np.float16), group, axis)
+        scales[name] = np.repeat(found.astype(np.float16), group, axis)
     pairs = zip(keymap.to_torch(codes, config), keymap.to_torch(scales, config), strict=True)
     expected = {
         tensor.name: (code.astype(np.int8), scale[..., ::group].astype(np.float16))
@@ -162,14 +162,15 @@ def torch_tflite(
     """Rung 3: logits of `steps` decode calls after one call of the shortest prefill, both with INT8 activations."""
     from ai_edge_litert.interpreter import Interpreter
 
-    with tempfile.NamedTemporaryFile(suffix=".tflite") as file, intact(path):
+    delegates = register.delegates(tflite)
+    with tempfile.NamedTemporaryFile(suffix=".tflite") as file:
         file.write(tflite)
         file.flush()
-        runtime = Interpreter(file.name, num_threads=threads, experimental_delegates=register.delegates(tflite))
-        names = [name for name in runtime.get_signature_list() if name != "decode"]
-        first = min(int(name.split("_")[1]) for name in names)
-        decode = runtime.get_signature_runner("decode")
-        shapes = {name: d["shape"] for name, d in decode.get_input_details().items()}
+        with intact(path):
+            runtime = Interpreter(file.name, num_threads=threads, experimental_delegates=delegates)
+            first = min(int(name.split("_")[1]) for name in runtime.get_signature_list() if name != "decode")
+            decode = runtime.get_signature_runner("decode")
+            shapes = {name: d["shape"] for name, d in decode.get_input_details().items()}
         length = shapes.pop("mask")[-1]
         cache = {n: np.zeros(s, np.float32) for n, s in shapes.items() if n.startswith("kv_cache")}
         if first < len(ids):

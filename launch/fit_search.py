@@ -60,6 +60,8 @@ def plan(
 ) -> Planned:
     """What could be compiled for `cfg`, without compiling; `plain` leaves out expert, context and tensor."""
     devices, available = device_count(kind, slices), available_bytes(kind)
+    alone = AbstractMesh((1,) * len(AXES), AXES)
+    check_divisible(replace(cfg, mesh=MeshConfig(fsdp=1)), alone)  # what no mesh could mend
     found: list[Candidate] = []
     pruned: Counter[str] = Counter()
     for mesh in _meshes(devices // slices, slices, _OTHER_AXES[:1] if plain else _OTHER_AXES):
@@ -67,7 +69,7 @@ def plan(
             for policy in REMAT_POLICIES:
                 tried = replace(batched, mesh=mesh, remat=policy)
                 sizes = {axis: getattr(mesh, axis) for axis in AXES}
-                shapes: Any = AbstractMesh(tuple(sizes.values()), AXES)
+                shapes = AbstractMesh(tuple(sizes.values()), AXES)
                 try:
                     check_divisible(tried, shapes)
                 except UserError:

@@ -160,10 +160,13 @@ def last_steps(folder: epath.Path | Path) -> list[dict[str, Any]]:
     """
     path, data, begin = folder / "metrics.jsonl", b"", 0
     for part in reversed(parts(path)):
-        with part.open("rb") as file:
-            begin = max(0, file.seek(0, os.SEEK_END) - (_TAIL - len(data)))
-            file.seek(begin)
-            data = file.read() + data
+        try:
+            with part.open("rb") as file:
+                begin = max(0, file.seek(0, os.SEEK_END) - (_TAIL - len(data)))
+                file.seek(begin)
+                data = file.read() + data
+        except FileNotFoundError:  # a run that goes on from a checkpoint has just cut it
+            continue
         if begin:
             break
     lines = data[: data.rfind(b"\n") + 1].splitlines()

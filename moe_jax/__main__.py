@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import configs
-from moe_jax.command_line import add_command, add_json, add_overrides, at_least, guarded, make_parser, parse, top_p
+from moe_jax.command_line import (
+    add_command,
+    add_json,
+    add_overrides,
+    at_least,
+    guarded,
+    make_parser,
+    parse,
+    seed,
+    top_p,
+)
 from moe_jax.errors import UserError
 from moe_jax.files import location, write_json
 
@@ -92,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--max-tokens", type=at_least(1), default=64)
     sub.add_argument("--temperature", type=at_least(0, float), default=0.0, help="0 takes the likeliest token")
     sub.add_argument("--top-p", type=top_p, default=1.0)
-    sub.add_argument("--seed", type=at_least(0), default=0)
+    sub.add_argument("--seed", type=seed, default=0)
 
     sub = add(
         "tokenizer",

@@ -69,6 +69,14 @@ def at_least(least: float, kind: type[int] | type[float] = int) -> Callable[[str
     return parse_number
 
 
+def seed(text: str) -> int:
+    """A type of option: what random generators of all libraries take."""
+    value = at_least(0)(text)
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below 2**32")
+    return value
+
+
 def top_p(text: str) -> float:
     """A type of option: a share of the probability, above 0 and at most 1."""
     value = at_least(0, float)(text)
@@ -110,5 +118,6 @@ def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
         if error.errno not in _MENDABLE:
             raise
         mend = _MENDABLE[error.errno]
-        print(f"error: {error.filename2 or error.filename}: {error.strerror}; {mend}", file=sys.stderr, flush=True)
+        said = ": ".join(filter(None, (error.filename2 or error.filename, error.strerror)))
+        print(f"error: {said}; {mend}", file=sys.stderr, flush=True)
     return MISTAKEN

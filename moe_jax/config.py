@@ -22,13 +22,17 @@ def _require(condition: bool, message: str) -> None:
 def _positive(prefix: str, options: object, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
-        _require(0 < value < math.inf, f"{prefix}{name} is {value}; it must be positive")
+        _require(0 < value < math.inf, f"{prefix}{name} is {value}; it must be positive{_finite(value)}")
 
 
 def _not_negative(prefix: str, options: object, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
-        _require(0 <= value < math.inf, f"{prefix}{name} is {value}; it must be 0 or positive")
+        _require(0 <= value < math.inf, f"{prefix}{name} is {value}; it must be 0 or positive{_finite(value)}")
+
+
+def _finite(value: float) -> str:
+    return " and finite" if isinstance(value, float) else ""
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -216,20 +220,17 @@ class OptimizerConfig:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices only: norms are exempt
-    clip_norm: float = 1.0  # of all gradients together; a large one never clips
+    clip_norm: float = 1.0  # of all gradients together; inf is off
     offload: bool = False  # keep the moments in the host's memory between steps
 
     def __post_init__(self) -> None:
         _one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
-        _positive("optimizer.", self, "learning_rate", "eps", "clip_norm")
-        _not_negative("optimizer.", self, "warmup_steps", "weight_decay")
+        _positive("optimizer.", self, "learning_rate", "eps")
+        _not_negative("optimizer.", self, "warmup_steps", "weight_decay", "final_fraction")
+        _require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be positive (inf is off)")
         for name in ("b1", "b2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optimizer.{name} is {value}; it must be at least 0 and below 1")
-        _require(
-            0 <= self.final_fraction <= 1,
-            f"optimizer.final_fraction is {self.final_fraction}; it must lie between 0 and 1",
-        )
 
 
 @dataclass(frozen=True)
@@ -304,10 +305,6 @@ class RunConfig:
         _one_of("remat", self.remat, REMAT_POLICIES)
         _positive("", self, "steps", "loss_chunk", "log_every")
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in 0..2**32-1")
-        _require(
-            len(self.data.heldout) > 0 or not self.checkpoint.keep_best,
-            "checkpoint.keep_best needs held-out text; name a source in data.heldout or switch it off",
-        )
         _require(
             self.gradient_accumulation > 0 and self.data.global_batch_size % self.gradient_accumulation == 0,
             f"data.global_batch_size {self.data.global_batch_size} is not a multiple of "

@@ -12,6 +12,7 @@ import pytest
 import configs
 import launch.__main__
 from moe_jax.__main__ import main
+from moe_jax.command_line import guarded
 from moe_jax.files import write_bytes
 
 CONFIG = "demo_pretrain"
@@ -59,7 +60,7 @@ def test_each_command_has_an_example(capsys, command):
 
 
 @pytest.mark.parametrize(
-    "option", ["--max-tokens=0", "--temperature=-1", "--top-p=0", "--top-p=5", "--seed=-1", "--seed=soon"]
+    "option", ["--max-tokens=0", "--temperature=-1", "--top-p=0", "--top-p=5", "--seed=-1", "--seed=4294967296"]
 )
 def test_a_number_out_of_range_is_refused_by_its_option(capsys, option):
     with pytest.raises(SystemExit) as stop:
@@ -74,6 +75,15 @@ def test_a_folder_or_a_path_below_a_file_cannot_take_numbers(capsys, tmp_path):
         assert main(["params", CONFIG, "--json", str(path)]) == 2
         assert capsys.readouterr().err.endswith("; name another place\n")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "mine")]
+
+
+def test_a_full_disk_is_told_also_where_the_system_names_no_file(capsys):
+    def fill(_: object) -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    assert guarded(fill, None) == 2
+    assert capsys.readouterr().err == "error: No space left on device; make room\n"
 
 
 def test_configs_are_listed_with_their_purpose(capsys):

@@ -1,5 +1,7 @@
 """Options are few, frozen, and refused where they are wrong."""
 
+import math
+
 import pytest
 
 from moe_jax.config import (
@@ -142,7 +144,7 @@ def test_a_wrong_value_is_one_sentence_with_the_mend(build, words):
 @pytest.mark.parametrize(
     "override",
     [
-        "optimizer.clip_norm=0", "optimizer.clip_norm=-1", "optimizer.eps=0", "optimizer.b1=-0.1",
+        "optimizer.clip_norm=0", "optimizer.clip_norm=nan", "optimizer.eps=0", "optimizer.b1=-0.1",
         "optimizer.b2=1.0", "optimizer.weight_decay=-1", "optimizer.final_fraction=-1",
         "optimizer.learning_rate=nan",
         "model.moe.bias_update_rate=-1", "model.moe.router_z_loss=-1", "model.moe.aux_loss=inf",
@@ -156,6 +158,5 @@ def test_a_value_that_would_train_wrongly_or_crash_later_is_refused_by_name(over
         apply(RunConfig(), [override])
 
 
-def test_the_best_checkpoint_cannot_be_found_without_heldout_text():
-    with pytest.raises(UserError, match=r"data\.heldout"):
-        RunConfig(data=DataConfig(heldout=()), checkpoint=CheckpointConfig(keep_best=True))
+def test_gradients_need_not_be_clipped():
+    assert apply(RunConfig(), ["optimizer.clip_norm=inf"]).optimizer.clip_norm == math.inf

@@ -133,7 +133,7 @@ def heldout_batches(config: DataConfig, tokenizer: Tokenizer, batch_size: int | 
     """
     size = batch_size or config.global_batch_size
     pending: list[Batch] = []
-    for rows in _heldout_rows(config, tokenizer):
+    for _, rows in _heldout_rows(config, tokenizer):
         for index in range(len(rows)):
             pending.append(rows[index])
             if len(pending) == size:
@@ -144,16 +144,17 @@ def heldout_batches(config: DataConfig, tokenizer: Tokenizer, batch_size: int | 
         yield stack(pending + fill)
 
 
-def _heldout_rows(config: DataConfig, tokenizer: Tokenizer) -> Iterator[PackedRows]:
+def _heldout_rows(config: DataConfig, tokenizer: Tokenizer) -> Iterator[tuple[str, PackedRows]]:
     for source in config.heldout:
         tokenized = tokenize_source(source, tokenizer, config.max_bytes, config.cache_dir)
-        yield PackedRows(tokenized, config.seq_len, tokenizer.bos, tokenizer.pad)
+        yield tokenized.fingerprint, PackedRows(tokenized, config.seq_len, tokenizer.bos, tokenizer.pad)
 
 
-def require_heldout(config: DataConfig, tokenizer: Tokenizer) -> None:
-    """Raise the UserError that `heldout_batches` would end in, had it come to the last source."""
-    for _ in _heldout_rows(config, tokenizer):
-        pass
+def require_heldout(config: DataConfig, tokenizer: Tokenizer) -> list[str]:
+    """Fingerprints of the held-out sources; UserError where there is none, or one that cannot be used."""
+    if not config.heldout:
+        raise UserError("data.heldout is empty; name a source, or switch checkpoint.keep_best off")
+    return [fingerprint for fingerprint, _ in _heldout_rows(config, tokenizer)]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
@@ -50,7 +50,7 @@ def constrain(x: jax.Array, mesh: Mesh, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding(mesh, axes))
 
 
-def check_divisible(cfg: RunConfig, mesh: Mesh) -> None:
+def check_divisible(cfg: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     """Refuse a mesh that cannot cut this run evenly, with the sizes that can."""
     model, sizes = cfg.model, mesh.shape
     _check(sizes, "fsdp", {"d_model": model.d_model})

@@ -22,7 +22,8 @@ def evaluate(run_dir: str | Path, overrides: list[str] | None = None) -> dict[st
     """Held-out nats per token and bits per byte of a run's last checkpoint, beside gzip -9 and xz -9.
 
     Every token but a document's first counts once, its end included; the config is the run's own with
-    `overrides` applied. Raises UserError for a run without a readable checkpoint or without held-out text.
+    `overrides` applied, but no expert is ever full. Raises UserError for a run without a readable checkpoint or
+    without held-out text.
     """
     path = checkpoint_path(run_dir, None)
     stored = Checkpoints(run_dir).metadata()

@@ -25,15 +25,15 @@ def run_stages(configs: Sequence[RunConfig], root: AnyPath, *, new_data: bool = 
     if len(set(names)) < len(names):
         raise UserError(f"two stages have the same name ({', '.join(names)}); set stage in one of them")
     folders: list[epath.Path] = []
-    with StopRequest() as stop:
-        for cfg in configs:
-            folder = location(root) / cfg.stage
-            if folders:
-                cfg = replace(cfg, init_from=str(folders[-1]))
-            if not is_complete(cfg, folder, new_data):
-                # A notice that came while the stage before ended must not wait until this one has compiled.
-                if signals := list(filter(None, together("stage", lambda: stop.name))):
-                    raise Preempted(f"{signals[0]}: {', '.join(names[: len(folders)]) or 'nothing'} is complete")
-                fit(cfg, folder, new_data=new_data, stop=stop)
-            folders.append(folder)
+    stop = StopRequest()
+    for cfg in configs:
+        folder = location(root) / cfg.stage
+        if folders:
+            cfg = replace(cfg, init_from=str(folders[-1]))
+        if not is_complete(cfg, folder, new_data):
+            # A notice that came while the stage before ended must not wait until this one has compiled.
+            if signals := list(filter(None, together("stage", lambda: stop.name))):
+                raise Preempted(f"{signals[0]}: {', '.join(names[: len(folders)])} is complete")
+            fit(cfg, folder, new_data=new_data, stop=stop)
+        folders.append(folder)
     return folders

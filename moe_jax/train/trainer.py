@@ -8,7 +8,6 @@ bit.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import sys
 import time
@@ -26,12 +25,12 @@ from moe_jax.data.pipeline import TrainIterator, heldout_batches, make_train_ite
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import Preempted, UserError
 from moe_jax.files import AnyPath, is_remote, location
-from moe_jax.overrides import to_dict
+from moe_jax.overrides import differences, from_dict, to_dict
 from moe_jax.parallel.batches import put_batch, put_everywhere, put_votes, share_of_batch
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.processes import barrier, is_first
 from moe_jax.run_lock import exclusive
-from moe_jax.train.agreement import together
+from moe_jax.train.agreement import by_first, together
 from moe_jax.train.catalogue import complete_records
 from moe_jax.train.checkpoint import Checkpoints, complete_steps, final_step, restore_model
 from moe_jax.train.goodput import Goodput
@@ -45,6 +44,7 @@ from moe_jax.train.watch import StopRequest, Watchdog
 # What a process asks of all, by a vote that travels with a step; the highest counts.
 _SAVE, _STOP = 1, 2
 _COMPILE_MINUTES = 30.0
+_PATHS = (".path", "data.tokenizer", "data.cache_dir", "init_from")  # may differ, as what they lead to may not
 
 
 def fit(
@@ -58,8 +58,8 @@ def fit(
     """Train to `cfg.steps` in `run_dir`, from the last sound checkpoint there if it has one; the run folder.
 
     The mesh spans `devices`, by default all of them. Every process of a run calls this alike. With `new_data`,
-    files and mixture may differ from what the checkpoint was trained on. `stop`, entered by the caller, also
-    notes signals that come too late for this run.
+    files and mixture may differ from what the checkpoint was trained on. `stop` still names afterwards a signal
+    that came too late for this run.
 
     Raises:
         UserError: a folder that is no run, in use or of another config, unusable data, mesh or tokenizer, a
@@ -74,14 +74,15 @@ def fit(
     index, count = share_of_batch(mesh)
     with goodput.spent("data"):
         data = make_train_iterator(cfg.data, tokenizer, process_index=index, process_count=count)
-        if cfg.checkpoint.keep_best:
-            require_heldout(cfg.data, tokenizer)
-    _require_same_everywhere(cfg, data, tokenizer)
+        heldout = require_heldout(cfg.data, tokenizer) if cfg.checkpoint.keep_best else []
+    _require_same_everywhere(
+        cfg, tokenizer=tokenizer.fingerprint, data=data.get_state()["fingerprint"], heldout=heldout
+    )
     with contextlib.ExitStack() as stack:
         still_ours = stack.enter_context(exclusive(run_dir)) if is_first() else _nothing
         history = stack.enter_context(History(run_dir))
         dump = None if is_remote(run_dir) else Path(run_dir) / f"hang-{jax.process_index()}.txt"
-        stop = stop or stack.enter_context(StopRequest())
+        stop = stack.enter_context(stop or StopRequest())
         dog = stack.enter_context(Watchdog(cfg.guard.hang_minutes, dump))
         _Trainer(cfg, run_dir, mesh, tokenizer, data, history, goodput, stop, dog, still_ours, new_data).run(
             changes
@@ -93,19 +94,17 @@ def _nothing() -> None:
     """What a process without the lease has to check."""
 
 
-def _require_same_everywhere(cfg: RunConfig, data: TrainIterator, tokenizer: Tokenizer) -> None:
-    """UserError where a process would train on something else: each has read its own files."""
-    mine = {
-        "config": hashlib.sha256(repr(cfg).encode()).hexdigest(),
-        "tokenizer": tokenizer.fingerprint,
-        "data": data.get_state()["fingerprint"],
-    }
-    first, *others = together("inputs", lambda: mine)
+def _require_same_everywhere(cfg: RunConfig, **fingerprints: Any) -> None:
+    """UserError where a process would train on something else: each has its own command line and files."""
+    first, *others = together("inputs", lambda: fingerprints | {"config": to_dict(cfg)})
     for index, found in enumerate(others, 1):
-        if other := [name for name in mine if found[name] != first[name]]:
+        names = [name for name in fingerprints if found[name] != first[name]]
+        options = differences(from_dict(RunConfig, first["config"]), from_dict(RunConfig, found["config"]))
+        names += [name for name in options if not name.endswith(_PATHS)]
+        if names:
             raise UserError(
-                f"process {index} differs from process 0 in its {' and '.join(other)}; "
-                "give all hosts the same files and Python, or put the files in a bucket"
+                f"process {index} differs from process 0 in its {', '.join(names)}; start all with the same "
+                "command, Python and files, or put the files in a bucket"
             )
 
 
@@ -113,8 +112,12 @@ def is_complete(cfg: RunConfig, run_dir: AnyPath, new_data: bool = False) -> boo
     """Whether the run folder's newest checkpoint is this config's last; UserError if the run is another."""
     if is_first():  # the others may see a folder that the first is still making
         changed_options(cfg, location(run_dir), new_data)
-    records = complete_records(run_dir)
-    return bool(records) and records[-1].step == cfg.steps and records[-1].final
+
+    def newest_is_last() -> bool:
+        records = complete_records(run_dir)
+        return bool(records) and records[-1].step == cfg.steps and records[-1].final
+
+    return by_first("stage complete", newest_is_last)
 
 
 @dataclass

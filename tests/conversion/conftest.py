@@ -44,6 +44,14 @@ class Exported:
     bundle: Path
     tokenizer: Tokenizer
 
+    def again(self, folder: Path, experts: str = "sparse", context: int = CONTEXT) -> Path:
+        """The bundle of the same model in another form or for another context, `folder`/m.litertlm."""
+        prefill = tuple(min(length, context) for length in PREFILL)
+        lower.export_tflite(self.weights, folder / "m.tflite", context, prefill, experts=experts)
+        tokenizer = self.bundle.with_name("tokenizer.json")
+        bundle.write_bundle(folder / "m.tflite", tokenizer, folder / "m.litertlm", context)
+        return folder / "m.litertlm"
+
 
 @pytest.fixture(scope="session", params=["moe", "dense"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:

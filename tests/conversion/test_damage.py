@@ -9,24 +9,11 @@ from typing import Any
 import pytest
 
 from conversion import chat_experts, readback, roofline
-from conversion.litert import bundle, lower
 from conversion.litert.engine import Engine
 from moe_jax.config import ModelConfig
 from moe_jax.errors import UserError
-from tests.conversion.conftest import CONTEXT, PREFILL
 
 SECTOR, STEP = 512, 3
-
-
-@pytest.fixture
-def whole(exported, form, tmp_path) -> Path:
-    """A bundle of this form."""
-    if form == "sparse":
-        return exported.bundle
-    lower.export_tflite(exported.weights, tmp_path / "m.tflite", CONTEXT, PREFILL, experts=form)
-    parts = tmp_path / "m.tflite", exported.bundle.with_name("tokenizer.json"), tmp_path / "whole.litertlm"
-    bundle.write_bundle(*parts, CONTEXT)
-    return parts[2]
 
 
 def damaged(whole: Path, folder: Path) -> Iterator[Path]:
@@ -50,7 +37,8 @@ def answer(ask: Callable[[Path], Any], path: Path) -> Any:
 
 
 @pytest.mark.parametrize(("exported", "form"), [("moe", "sparse"), ("moe", "kernel")], indirect=["exported"])
-def test_a_lost_sector_gives_a_sound_answer_or_a_sentence(exported, whole, tmp_path):
+def test_a_lost_sector_gives_a_sound_answer_or_a_sentence(exported, form, tmp_path):
+    whole = exported.bundle if form == "sparse" else exported.again(tmp_path, form)
     source = exported.weights
     expected = {n: (source.int4(n).codes, source.scales(n)) for n in source.int4_names()}
 

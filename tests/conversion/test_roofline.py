@@ -6,11 +6,9 @@ import pytest
 
 import configs
 from conversion import roofline
-from conversion.litert import bundle, lower
 from conversion.phones import PHONES, find
 from moe_jax.config import ModelConfig
 from moe_jax.errors import UserError
-from tests.conversion.conftest import CONTEXT, PREFILL
 
 PUBLISHED = [phone for phone in PHONES if phone.measured]
 
@@ -69,8 +67,5 @@ def test_a_bundle_shows_the_shapes_of_its_model(exported):
 
 @pytest.mark.parametrize("exported", ["moe"], indirect=True)
 def test_a_bundle_that_computes_all_experts_is_not_predicted_as_if_it_had_none(exported, tmp_path):
-    lower.export_tflite(exported.weights, tmp_path / "m.tflite", CONTEXT, PREFILL, experts="dense")
-    parts = tmp_path / "m.tflite", exported.bundle.with_name("tokenizer.json"), tmp_path / "m.litertlm"
-    bundle.write_bundle(*parts, CONTEXT)
     with pytest.raises(UserError, match="computes all experts on every token; name the sparse bundle"):
-        roofline.roofline(parts[2], "Galaxy S25", load)
+        roofline.roofline(exported.again(tmp_path, "dense"), "Galaxy S25", load)

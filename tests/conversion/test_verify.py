@@ -10,7 +10,7 @@ import pytest
 
 from conversion import heldout, readback, verify, weights
 from conversion.export import load
-from conversion.litert import bundle, lower
+from conversion.litert import bundle
 from conversion.weights import Weights
 from moe_jax.config import SourceConfig
 from moe_jax.data.tokenizer import Tokenizer
@@ -121,10 +121,16 @@ def test_weights_that_compute_something_else_fail_the_rungs_between(run_dir, exp
 
 @KINDS
 def test_a_bundle_without_room_for_a_piece_of_text_is_named(run_dir, exported, tmp_path):
-    lower.export_tflite(exported.weights, tmp_path / "m.tflite", 2, (2,))
-    tokenizer = exported.bundle.with_name("tokenizer.json")
-    bundle.write_bundle(tmp_path / "m.tflite", tokenizer, tmp_path / "m.litertlm", 2)
     with pytest.raises(UserError, match=r"m\.litertlm has room for 2 tokens; export it with a larger --context"):
+        verify.verify(run_dir, exported.again(tmp_path, context=2))
+
+
+@KINDS
+def test_a_bundle_whose_tflite_cannot_be_followed_is_named_by_the_ladder(run_dir, exported, tmp_path):
+    raw = exported.bundle.read_bytes()
+    start = raw.index(exported.tflite.read_bytes())
+    (tmp_path / "m.litertlm").write_bytes(raw[:start] + b"\xff" * 4 + raw[start + 4 :])
+    with pytest.raises(UserError, match=r"m\.litertlm is damaged \(.+\); export it again"):
         verify.verify(run_dir, tmp_path / "m.litertlm")
 
 

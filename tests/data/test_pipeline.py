@@ -157,7 +157,10 @@ def test_heldout_batches_and_documents_hold_the_same_bytes_and_targets(config, t
 
 
 def test_heldout_text_is_refused_before_training_where_nothing_in_it_can_be_measured(config, tokenizer, tmp_path):
-    require_heldout(config, tokenizer)
+    found = require_heldout(config, tokenizer)
+    assert require_heldout(dataclasses.replace(config, heldout=config.heldout * 2), tokenizer) == found * 2
+    with pytest.raises(UserError, match=r"data\.heldout is empty; name a source"):
+        require_heldout(dataclasses.replace(config, heldout=()), tokenizer)
     missing = dataclasses.replace(config, heldout=(*config.heldout, SourceConfig(f"{tmp_path}/none*")))
     with pytest.raises(UserError, match="none"):
         require_heldout(missing, tokenizer)

@@ -15,8 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.errors import MISTAKEN, PREEMPTED
+from moe_jax.errors import MISTAKEN, PREEMPTED, UserError
 from moe_jax.files import read_lines
+from moe_jax.overrides import to_dict
+from moe_jax.train import trainer
 from moe_jax.train.checkpoint import complete_steps, load_parameters
 from moe_jax.train.metrics import read_metrics
 from moe_jax.train.trainer import fit
@@ -75,6 +77,21 @@ def test_two_processes_train_what_one_trains(tiny, in_two, tmp_path):
         assert round(counts[0]) == round(counts[1]) >= mine["tokens"] == its["tokens"]
 
 
+def test_processes_of_other_options_or_held_out_text_are_told_apart(tiny, monkeypatch):
+    def differ(*others, text=("a",)):
+        shares = [{"data": "1", "heldout": ["a"], "config": to_dict(tiny.cfg)}]
+        shares += [{"data": "1", "heldout": list(text), "config": to_dict(tiny.variant(*others))}]
+        monkeypatch.setattr(trainer, "together", lambda name, work: shares)
+        trainer._require_same_everywhere(tiny.cfg, data="1", heldout=["a"])
+
+    differ()
+    differ("data.cache_dir=/local/1", "data.tokenizer=/local/t.json", "data.sources.0.path=/local/1.txt")
+    with pytest.raises(UserError, match=r"process 1 differs from process 0 in its optimizer\.b1; start all with"):
+        differ("optimizer.b1=0.5")
+    with pytest.raises(UserError, match=r"in its heldout, steps; start"):
+        differ("steps=7", text=("b",))
+
+
 def test_processes_that_read_different_text_do_not_start(tiny, tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
@@ -83,7 +100,7 @@ def test_processes_that_read_different_text_do_not_start(tiny, tmp_path):
     options = ["data.sources.0.path=text.txt", f"data.cache_dir={tmp_path}/tokens"]
     statuses, said = finish(start(tiny, tmp_path / "run", *options, folders=folders))
     assert MISTAKEN in statuses and 0 not in statuses, said
-    assert "process 1 differs from process 0 in its data; give all hosts the same files" in said
+    assert "process 1 differs from process 0 in its data; start all with the same command" in said
     assert not (tmp_path / "run/config.json").exists()
 
 
