@@ -117,7 +117,7 @@ def test_groups_of_64_are_read_back_as_trained(tmp_path):
     for wrong in (struct.pack("<5I", 4, 2, 64, 64, 0), struct.pack("<5I", 3, 2, 1 << 31, 64, 0), b"short"):
         model.graphs[0].ops[0].customOptions = np.frombuffer(wrong, np.uint8)
         model.write(tmp_path / "m.tflite")
-        with pytest.raises(UserError, match=r"(ffn|the \.tflite) is damaged"):
+        with pytest.raises(UserError, match=r"the \.tflite is damaged \("):
             readback.compare(memoryview((tmp_path / "m.tflite").read_bytes()), expected)
 
 
