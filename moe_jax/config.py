@@ -31,6 +31,11 @@ def _not_negative(prefix: str, options: object, *names: str) -> None:
         _require(0 <= value < math.inf, f"{prefix}{name} is {value}; it must be 0 or positive{_finite(value)}")
 
 
+def _seeded(prefix: str, options: DataConfig | RunConfig) -> None:
+    seed = options.seed
+    _require(0 <= seed < 2**32, f"{prefix}seed is {seed}; it must lie in 0..2**32-1")
+
+
 def _finite(value: float) -> str:
     return " and finite" if isinstance(value, float) else ""
 
@@ -204,7 +209,7 @@ class DataConfig:
         _require(len(self.sources) > 0, "data.sources is empty; name at least one source")
         _require(self.seq_len > 1, f"data.seq_len is {self.seq_len}; it must be at least 2")
         _positive("data.", self, "global_batch_size")
-        _require(0 <= self.seed < 2**32, f"data.seed is {self.seed}; it must lie in 0..2**32-1")
+        _seeded("data.", self)
         _not_negative("data.", self, "max_bytes")
 
 
@@ -304,7 +309,7 @@ class RunConfig:
         _one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
         _one_of("remat", self.remat, REMAT_POLICIES)
         _positive("", self, "steps", "loss_chunk", "log_every")
-        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in 0..2**32-1")
+        _seeded("", self)
         _require(
             self.gradient_accumulation > 0 and self.data.global_batch_size % self.gradient_accumulation == 0,
             f"data.global_batch_size {self.data.global_batch_size} is not a multiple of "

@@ -23,7 +23,7 @@ from etils import epath
 from moe_jax.errors import UserError
 
 _SECONDS = 30.0  # between two puts of a remote log that nobody flushes
-_PART_BYTES = 4 << 20  # an object of a remote log that holds as many is put no more
+PART_BYTES = 4 << 20  # an object of a remote log that holds as many is put no more, and another begun
 
 AnyPath = str | os.PathLike[str]
 
@@ -245,7 +245,7 @@ class LineLog:
         with self._sending:
             if len(self._lines) == self._sent:
                 return
-            if self._sent_bytes >= _PART_BYTES:
+            if self._sent_bytes >= PART_BYTES:
                 self._path = self._first.parent / f"{self._first.name}.{_number(self._path) + 1:04d}"
                 del self._lines[: self._sent]  # in place: another thread may be appending
                 self._sent = self._sent_bytes = 0

@@ -58,7 +58,7 @@ def test_lines_of_a_killed_process_stay_and_its_torn_one_goes(tmp_path):
 
 
 def test_a_log_on_a_disk_is_one_file_however_long(tmp_path, monkeypatch):
-    monkeypatch.setattr("moe_jax.files._PART_BYTES", 10)
+    monkeypatch.setattr("moe_jax.files.PART_BYTES", 10)
     log = LineLog(tmp_path / "log.jsonl")
     for number in range(9):
         log.write({"n": number})

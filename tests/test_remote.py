@@ -128,7 +128,7 @@ def generations(path: str) -> dict[str, str]:
 
 
 def test_of_a_long_log_only_the_last_object_is_put_again_and_held(folder, monkeypatch):
-    monkeypatch.setattr("moe_jax.files._PART_BYTES", 30)
+    monkeypatch.setattr("moe_jax.files.PART_BYTES", 30)
     path, before, count = f"{folder}/log.jsonl", {}, 0
     for more in (5, 3, 4, 5):  # opened anew in the middle of an object and where one is full
         log = LineLog(path)
@@ -147,7 +147,7 @@ def test_of_a_long_log_only_the_last_object_is_put_again_and_held(folder, monkey
 
 
 def test_a_long_object_of_another_version_is_not_put_again(folder, monkeypatch):
-    monkeypatch.setattr("moe_jax.files._PART_BYTES", 30)
+    monkeypatch.setattr("moe_jax.files.PART_BYTES", 30)
     path = f"{folder}/log.jsonl"
     write_bytes(path, b'{"n": 0}\n' * 9 + b'{"n"')  # copied from a disk, with a torn line
     before = generations(path)
@@ -158,7 +158,7 @@ def test_a_long_object_of_another_version_is_not_put_again(folder, monkeypatch):
 
 
 def test_a_put_that_fails_leaves_no_gap_in_a_log_and_is_made_up_for(folder, monkeypatch):
-    monkeypatch.setattr("moe_jax.files._PART_BYTES", 1)
+    monkeypatch.setattr("moe_jax.files.PART_BYTES", 1)
     path, log = f"{folder}/log.jsonl", LineLog(f"{folder}/log.jsonl")
     log.write({"n": 0})
     log.flush()

@@ -12,10 +12,9 @@ import time
 
 from etils import epath
 
-from moe_jax.files import is_remote, write_bytes
+from moe_jax.files import PART_BYTES, is_remote, write_bytes
 
 _SECONDS = 60.0  # between two puts of a remote file
-_MOST_BYTES = 4 << 20  # of a remote file, which is held in memory and put whole: more go to another
 _SESSION_START = b"\x08\x01"  # SessionLog { status: START }
 
 
@@ -47,7 +46,7 @@ class EventFile:
         self._file.flush()
         if not self._remote:
             return
-        long = self._file.tell() > _MOST_BYTES
+        long = self._file.tell() > PART_BYTES
         if long or time.monotonic() - self._put > _SECONDS:
             self._send()
         if long:

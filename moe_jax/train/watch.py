@@ -19,7 +19,7 @@ class StopRequest:
     """SIGTERM (a preemption notice) and SIGINT, as a wish that the loop grants after a save.
 
     A context manager; outside the main thread, where no signal arrives, it does nothing. A second SIGINT
-    interrupts.
+    interrupts. What came is still named after the block.
     """
 
     def __init__(self) -> None:

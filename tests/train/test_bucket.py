@@ -37,7 +37,7 @@ def losses(run: str | Path) -> list[tuple[int, float, float]]:
 
 
 def test_curves_of_a_long_run_are_in_files_of_which_only_the_last_is_put_again(environment, monkeypatch):
-    monkeypatch.setattr("moe_jax.train.tensorboard._MOST_BYTES", 500)
+    monkeypatch.setattr("moe_jax.train.tensorboard.PART_BYTES", 500)
     folder = location(f"gs://{BUCKET}/curves")
     events = EventFile(folder, 1)
     seen: dict[str, bytes] = {}
