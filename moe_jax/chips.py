@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from moe_jax.errors import UserError
 
 GiB = 2**30
+LANES = 128  # of every TPU's vector registers
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,6 @@ class Chip:
     devices_per_chip: int
     clock_hz: float | None
     source: str
-
-    @property
-    def ici_bandwidth(self) -> float:
-        """Bytes/s that a chip sends over all its links at once, one direction: half of what the pages say."""
-        return 2 * self.torus_dims * self.ici_link_bandwidth
 
     def links(self, topology: tuple[int, ...], group: int | None = None) -> int:
         """Links on which a chip sends in a ring of `group` chips (default: all) within a slice of this shape.

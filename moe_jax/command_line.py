@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import errno
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_jax.errors import MISTAKEN, PREEMPTED, Preempted, UserError
+from moe_jax.errors import INTERRUPTED, MISTAKEN, PREEMPTED, Preempted, UserError
 
 # Not ENOENT: a file that the program itself should have made is a fault of ours, and keeps its traceback.
 _MENDABLE = {
@@ -105,10 +106,19 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
     """Call a command; its exit status.
 
-    What the user can mend becomes one sentence and MISTAKEN, a preemption PREEMPTED; the rest keeps its traceback.
+    What the user can mend becomes one sentence and MISTAKEN, a preemption PREEMPTED, Ctrl-C INTERRUPTED; the rest
+    keeps its traceback.
     """
     try:
-        return command(arguments) or 0
+        status = command(arguments) or 0
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` say, has what it wants
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can what is left be flushed at the end
+        return 141  # what a shell calls an end by SIGPIPE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
     except Preempted as notice:

@@ -14,6 +14,7 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 
 import gcsfs
+import pytest
 from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import buckets, objects
@@ -68,6 +69,8 @@ def _conditional(handler: Callable[..., None]) -> Callable[..., None]:
                 if condition in request.query and request.query[condition][0] != stored.get(field, "0"):
                     response.status = HTTPStatus.PRECONDITION_FAILED
                     return
+            if stored:  # by which TensorStore knows what it read before
+                response["x-goog-generation"] = stored["generation"]
             handler(request, response, storage)
 
     return handle
@@ -88,3 +91,14 @@ _served.HANDLERS = tuple(
     (pattern, {method: _conditional(handler) for method, handler in handlers.items()})
     for pattern, handlers in ((_MOVE, {"POST": _move}), *server.HANDLERS)
 )
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket, gs://..., served on loopback."""
+    gcsfs.GCSFileSystem.clear_instance_cache()  # each remembers where its own was served
+    with object_store() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield f"gs://{BUCKET}"
+    gcsfs.GCSFileSystem.clear_instance_cache()

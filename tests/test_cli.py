@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,26 @@ def test_a_full_disk_is_told_also_where_the_system_names_no_file(capsys):
     assert capsys.readouterr().err == "error: No space left on device; make room\n"
 
 
+def test_a_reader_that_has_enough_ends_a_command_quietly():
+    command = f"{sys.executable} -m moe_jax configs | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert len(done.stdout) == 1 and done.stderr == "" and done.returncode in (0, 141)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "moe_jax", "configs"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_an_interrupt_is_one_word_and_the_status_that_a_shell_knows(capsys):
+    def wait(_):
+        raise KeyboardInterrupt
+
+    assert guarded(wait, None) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_configs_are_listed_with_their_purpose(capsys):
     assert main(["configs"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -144,6 +165,8 @@ def test_bad_training_input_is_refused_before_anything_is_written(
     error = sentence(capsys, "train", CONFIG, "--run", str(tmp_path / "run"), *options)
     assert words in error, error
     assert not (tmp_path / "run/config.json").exists()
+    # The folder is as good as none: the command's next try gets as far as this one.
+    assert words in sentence(capsys, "train", CONFIG, "--run", str(tmp_path / "run"), *options)
 
 
 @pytest.fixture(scope="module")

@@ -99,12 +99,25 @@ def test_imports_point_one_way():
         assert not imported(path) & forbidden[package], path
 
 
+def test_imports_inside_training_point_one_way():
+    order = ("ops", "parallel", "model", "train")
+    may = {part: {part, *order[: order.index(part)]} for part in order} | {"data": {"data"}}
+    may["train"].add("data")
+    for part, allowed in may.items():
+        for path in (ROOT / "moe_jax" / part).glob("*.py"):
+            if path.name == "commands.py":  # a command line again
+                continue
+            found = set(re.findall(r"^\s*from moe_jax\.(\w+)", path.read_text(), re.MULTILINE)) & may.keys()
+            assert found <= allowed, f"{path} imports {found - allowed}"
+
+
 def test_every_imported_package_is_pinned_exactly():
     pins = {}
     for path in (ROOT / "requirements").glob("*.txt"):
         for name, version in PIN.findall(path.read_text()):
+            name = name.lower().replace("_", "-")
             assert name not in pins, f"{name} is pinned twice"
-            pins[name.lower().replace("_", "-")] = version
+            pins[name] = version
     distributions = EXTRAS | dict(packages_distributions())
     own = {*PACKAGES, "tests", *sys.stdlib_module_names}
     for path in [*SOURCES, *(ROOT / "tests").rglob("*.py")]:

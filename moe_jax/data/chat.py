@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_jax.data.corpus import Message
-from moe_jax.data.tokenizer import BOS, EOT, HEADER_END, HEADER_START, Tokenizer
+from moe_jax.data.tokenizer import EOT, HEADER_END, HEADER_START, Tokenizer
 
 # Written for MiniJinja as well as Jinja: no methods. A content may be a list of parts, as engines pass it.
 CHAT_TEMPLATE = (
@@ -29,13 +29,6 @@ CHAT_TEMPLATE = (
     "{{ '" + HEADER_START + "assistant" + HEADER_END + "\\n\\n' }}"
     "{%- endif -%}"
 )
-
-
-def render_text(messages: Sequence[Message], generation_prompt: bool = False) -> str:
-    """What `CHAT_TEMPLATE` renders, for people to read; training uses `render_ids`."""
-    turns = [f"{HEADER_START}{m['role']}{HEADER_END}\n\n{m['content']}{EOT}" for m in messages]
-    prompt = f"{HEADER_START}assistant{HEADER_END}\n\n" if generation_prompt else ""
-    return BOS + "".join(turns) + prompt
 
 
 def render_ids(

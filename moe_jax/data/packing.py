@@ -1,16 +1,18 @@
 """Documents to rows of fixed length, addressable by number.
 
-A layout is a list of pieces (which tokens of which document stand in which row), worked out once from the lengths
-of the documents. Rows are then built on demand, so the state of a run is one integer and step n has the same rows
-on any number of processes. (Grain's own packing iterators pack per process and can promise neither.)
+A layout says which tokens of which document stand in which row. It follows from the lengths of the documents and is
+worked out at every start, in some 0.1 us for a text and 3 for a conversation. Rows are then built on demand, so
+the state of a run is one integer and step n has the same rows on any number of processes. (Grain's own packing
+iterators pack per process and can promise neither.)
 
 Legend: S sequence length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,17 +21,32 @@ from moe_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 _OPEN_ROWS = 64  # rows that first-fit keeps open; more saves little padding
+_LOOK_AHEAD = 1 << 18  # rows of text
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`pieces` int64 [P, 3] of (document, begin, end) in the order they fill rows; row r holds pieces
-    `first_piece[r]` to `first_piece[r + 1]`. The counts say what was cut or left out."""
+    """Which tokens of which documents stand in which row.
 
-    pieces: np.ndarray
-    first_piece: np.ndarray
+    The tokens of `documents` int64 [D] stand behind one another, each from its place in `starts` int64 [D + 1] on;
+    row r holds those from `rows[r]` to `rows[r + 1]`, int64 [R + 1]. The counts say how many conversations were cut
+    or left out.
+    """
+
+    documents: np.ndarray
+    starts: np.ndarray
+    rows: np.ndarray
     truncated: int = 0
     dropped: int = 0
+
+    def pieces(self, row: int) -> Iterator[tuple[int, int, int]]:
+        """(document, begin, end) of each document's tokens in a row."""
+        begin, end = self.rows[row : row + 2].tolist()
+        first = int(np.searchsorted(self.starts, begin, "right")) - 1
+        last = int(np.searchsorted(self.starts, end, "left"))
+        bounds = pairwise(self.starts[first : last + 1].tolist())
+        for document, (start, stop) in zip(self.documents[first:last].tolist(), bounds, strict=True):
+            yield document, max(begin - start, 0), min(end, stop) - start
 
 
 def layout_text(lengths: np.ndarray, order: np.ndarray, S: int) -> Layout:
@@ -38,58 +55,64 @@ def layout_text(lengths: np.ndarray, order: np.ndarray, S: int) -> Layout:
     The rest of a cut document gives its first place to a BOS that carries no loss: at inference, too, every context
     starts with BOS, and the model should never see another beginning.
     """
-    pieces, first, free = [], [0], S
-    for document in order.tolist():
-        begin, length = 0, int(lengths[document])
-        while begin < length:
-            if free == 0:
-                first.append(len(pieces))
-                free = S
-            take = min(length - begin, free - (begin > 0))  # a rest always begins a row: free is S > 1
-            pieces.append((document, begin, begin + take))
-            free -= take + (begin > 0)
-            begin += take
-    return _layout(pieces, [*first, len(pieces)])
+    starts = _starts(lengths[order])
+    total, rows, last = int(starts[-1]), [np.zeros(1, np.int64)], 0
+    size, ahead = S, 1  # of the row that begins at `last`, and how many after it are looked up at once
+    while last + size < total:
+        # As long as rows begin within a document, each holds S - 1 tokens of the text.
+        guess = np.arange(last + size, min(last + size + ahead * (S - 1), total), S - 1)
+        begins = starts[np.searchsorted(starts, guess)] == guess
+        sure = int(begins.argmax()) + 1 if begins.any() else len(guess)
+        rows.append(guess[:sure])
+        last, size, ahead = int(guess[sure - 1]), S - 1 + int(begins[sure - 1]), min(2 * sure, _LOOK_AHEAD)
+    return Layout(order, starts, np.concatenate([*rows, [total]]))
 
 
-def layout_chat(lengths: np.ndarray, order: np.ndarray, S: int, is_trained: Callable[[int, int], bool]) -> Layout:
-    """First-fit of whole conversations; one longer than S is cut to S, and left out if nothing of it is trained.
+def layout_chat(lengths: np.ndarray, order: np.ndarray, S: int, is_trained: np.ndarray) -> Layout:
+    """First-fit of whole conversations; one longer than S is cut to S.
 
-    `is_trained(document, end)` says whether any of its tokens [1, end] is a target of the loss.
+    `is_trained` bool [documents] says whether any of its tokens [1, S] is a target of the loss; if none is, it is
+    left out.
     """
-    rows, free, is_open = [], [], []
-    truncated = dropped = 0
-    for document in order.tolist():
-        length = int(lengths[document])
-        if not is_trained(document, min(length - 1, S)):
-            dropped += 1
-            continue
-        truncated += length > S
-        length = min(length, S)
-        row = next((row for row in is_open if free[row] >= length), None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            free.append(S)
-            is_open = [*is_open[-_OPEN_ROWS + 1 :], row]
-        rows[row].append((document, 0, length))
-        free[row] -= length
-    first = np.cumsum([0] + [len(row) for row in rows])
-    return _layout([piece for row in rows for piece in row], first, truncated, dropped)
+    kept = order[is_trained[order]]
+    cut = np.minimum(lengths[kept], S)
+    row_of = np.fromiter(_first_fit(cut, S), np.int64, len(cut))
+    by_row = np.argsort(row_of, kind="stable")
+    starts = _starts(cut[by_row])
+    first = np.searchsorted(row_of[by_row], np.arange(row_of.max(initial=-1) + 2))
+    return Layout(kept[by_row], starts, starts[first], int((lengths[kept] > S).sum()), len(order) - len(kept))
 
 
-def _layout(pieces: list, first: Sequence[int] | np.ndarray, *counts: int) -> Layout:
-    return Layout(np.array(pieces, np.int64).reshape(-1, 3), np.asarray(first, np.int64), *counts)
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+
+
+def _first_fit(lengths: np.ndarray, S: int) -> Iterator[int]:
+    """The row of each conversation: the first open one with room for it."""
+    numbers, room, rows = [], [], 0
+    for length in lengths.data:  # whole numbers one at a time: a list of all would be four times as large
+        place = next((place for place, free in enumerate(room) if free >= length), len(room))
+        if place == len(room):
+            if place == _OPEN_ROWS:
+                del numbers[0], room[0]
+                place -= 1
+            numbers.append(rows)
+            room.append(S)
+            rows += 1
+        room[place] -= length
+        yield numbers[place]
 
 
 class PackedRows:
-    """The rows of one source: `len(rows)`, `rows[i]` a dict of arrays [S] in the batch format, `rows.layout`.
+    """The rows of one source: `len(rows)`, `rows[i]` a dict of arrays [S] in the batch format, `rows.layout`,
+    the source's `fingerprint`, and `empty`, a row of nothing but padding.
 
     Documents are laid out in an order drawn from `seed`, or in their own order where it is None.
     """
 
     def __init__(self, source: TokenizedSource, S: int, bos: int, pad: int, seed: int | None = None):
-        self._source, self._S, self._bos, self._pad = source, S, bos, pad
+        self._source, self._bos = source, bos
+        self.fingerprint, self.empty = source.fingerprint, empty_row(S, pad)
         order = np.arange(len(source))
         if seed is not None:
             order = np.random.Generator(np.random.PCG64(seed)).permutation(len(source))
@@ -97,22 +120,16 @@ class PackedRows:
         if trained is None:
             self.layout = layout_text(lengths, order, S)
         else:
-            starts = source.offsets
-            self.layout = layout_chat(
-                lengths, order, S, lambda d, end: bool(trained[starts[d] + 1 : starts[d] + 1 + end].any())
-            )
+            self.layout = layout_chat(lengths, order, S, _any_trained(trained, source.offsets, S))
         if not len(self):
             raise UserError(f"no conversation has an assistant's answer within {S} tokens; raise data.seq_len")
 
     def __len__(self) -> int:
-        return len(self.layout.first_piece) - 1 if len(self.layout.pieces) else 0
+        return len(self.layout.rows) - 1
 
     def __getitem__(self, index: int) -> Batch:
-        source, layout = self._source, self.layout
-        row = empty_row(self._S, self._pad)
-        first, last = layout.first_piece[index : index + 2]
-        at = 0
-        for segment, (document, begin, end) in enumerate(layout.pieces[first:last].tolist(), 1):
+        source, row, at = self._source, {name: values.copy() for name, values in self.empty.items()}, 0
+        for segment, (document, begin, end) in enumerate(self.layout.pieces(index), 1):
             start, stop = source.offsets[document : document + 2].tolist()
             ids = source.tokens[start + begin : start + end].astype(np.int32)
             targets = source.tokens[start + begin + 1 : min(start + end + 1, stop)]
@@ -130,6 +147,14 @@ class PackedRows:
             row["loss_mask"][at : at + len(targets)] = trained
             at += len(ids)
         return row
+
+
+def _any_trained(trained: np.ndarray, offsets: np.ndarray, S: int) -> np.ndarray:
+    """Whether any of the tokens [1, S] of each document is trained, bool [documents]."""
+    begins = offsets[:-1] + 1
+    bounds = np.stack([begins, np.minimum(begins + S, offsets[1:])], 1).ravel()
+    # Every other sum is of what lies between two documents' parts; the last bound may be the end of all.
+    return np.logical_or.reduceat(trained, bounds[: -1 if bounds[-1] == len(trained) else None])[::2]
 
 
 def empty_row(S: int, pad: int) -> Batch:

@@ -12,13 +12,14 @@ import hashlib
 import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import grain
 import numpy as np
 
 from moe_jax.config import DataConfig
 from moe_jax.data.origin import Origin, origin_of
-from moe_jax.data.packing import Batch, PackedRows, empty_row, stack
+from moe_jax.data.packing import Batch, PackedRows, stack
 from moe_jax.data.sources import Document, iter_documents
 from moe_jax.data.tokenized import document_ids, tokenize_source
 from moe_jax.data.tokenizer import Tokenizer
@@ -125,36 +126,23 @@ def make_train_iterator(
     return TrainIterator(local.to_iter_dataset(options), stats, origin_of(config, tokenizer, tokenized_sources))
 
 
-def heldout_batches(config: DataConfig, tokenizer: Tokenizer, batch_size: int | None = None) -> Iterator[Batch]:
-    """One pass over `config.heldout` in file order; batches are [batch_size or global_batch_size, S].
+def heldout_rows(config: DataConfig, tokenizer: Tokenizer) -> list[PackedRows]:
+    """The rows of each source of `config.heldout`; UserError where there is none, or one that cannot be used."""
+    if not config.heldout:
+        raise UserError("data.heldout is empty; name a source, or switch checkpoint.keep_best off")
+    sources = (tokenize_source(s, tokenizer, config.max_bytes, config.cache_dir) for s in config.heldout)
+    return [PackedRows(source, config.seq_len, tokenizer.bos, tokenizer.pad) for source in sources]
+
+
+def heldout_batches(sources: Sequence[PackedRows], size: int) -> Iterator[Batch]:
+    """One pass over `heldout_rows` in file order, in batches [size, S].
 
     Every token of a text but its first is a target exactly once; of conversations, the assistant's as they are
     trained on. Empty rows fill the last batch.
     """
-    size = batch_size or config.global_batch_size
-    pending: list[Batch] = []
-    for _, rows in _heldout_rows(config, tokenizer):
-        for index in range(len(rows)):
-            pending.append(rows[index])
-            if len(pending) == size:
-                yield stack(pending)
-                pending = []
-    if pending:
-        fill = [empty_row(config.seq_len, tokenizer.pad)] * (size - len(pending))
-        yield stack(pending + fill)
-
-
-def _heldout_rows(config: DataConfig, tokenizer: Tokenizer) -> Iterator[tuple[str, PackedRows]]:
-    for source in config.heldout:
-        tokenized = tokenize_source(source, tokenizer, config.max_bytes, config.cache_dir)
-        yield tokenized.fingerprint, PackedRows(tokenized, config.seq_len, tokenizer.bos, tokenizer.pad)
-
-
-def require_heldout(config: DataConfig, tokenizer: Tokenizer) -> list[str]:
-    """Fingerprints of the held-out sources; UserError where there is none, or one that cannot be used."""
-    if not config.heldout:
-        raise UserError("data.heldout is empty; name a source, or switch checkpoint.keep_best off")
-    return [fingerprint for fingerprint, _ in _heldout_rows(config, tokenizer)]
+    rows = (rows[index] for rows in sources for index in range(len(rows)))
+    while pending := list(islice(rows, size)):
+        yield stack(pending + [sources[0].empty] * (size - len(pending)))
 
 
 @dataclass(frozen=True)

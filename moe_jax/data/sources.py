@@ -163,9 +163,10 @@ def _document(name: str, record: Any) -> Document:
 
 
 def _sound(name: str, text: str) -> str:
-    # JSON may spell half of a surrogate pair, which no UTF-8 file can hold.
-    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError(f"{name} spells half a surrogate pair (\\ud8xx); write the whole character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON may spell half of a surrogate pair, which no UTF-8 file can hold
+        raise UserError(f"{name} spells half a surrogate pair (\\ud8xx); write the whole character") from None
     return text
 
 

@@ -35,13 +35,18 @@ _PROBE = "def f(x):\n\treturn  'é 漢字 🙂' # 1234\r\n"
 
 
 class Tokenizer:
-    """A loaded tokenizer with the ids of its special tokens: pad, bos, end, header_start, header_end, eot."""
+    """A loaded tokenizer with the ids of its special tokens: pad, bos, end, header_start, header_end, eot.
+
+    `special_texts` are the names of all special tokens of the file, which may have more.
+    """
 
     def __init__(self, backend: tokenizers.Tokenizer, name: str = "the tokenizer") -> None:
         backend.encode_special_tokens = True  # special-token text in a document stays text
+        backend.no_truncation()  # a file that transformers saved may hold both, and would cut and fill documents
+        backend.no_padding()
         self._backend = backend
-        found = {token: backend.token_to_id(token) for token in SPECIAL_TOKENS}
-        ids = {token: token_id for token, token_id in found.items() if token_id is not None}
+        ids = {token: found for token in SPECIAL_TOKENS if (found := backend.token_to_id(token)) is not None}
+        self.special_texts = [t.content for t in backend.get_added_tokens_decoder().values() if t.special]
         missing = [token for token in SPECIAL_TOKENS if token not in ids and token != PAD]
         if missing:
             raise UserError(f"{name} lacks {', '.join(missing)}; use a tokenizer with the chat format's tokens")

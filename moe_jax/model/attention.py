@@ -19,10 +19,10 @@ from moe_jax.model.layers import Compute, Linear
 from moe_jax.model.rope import Rotation, halves_first
 from moe_jax.ops.attention import attention, blocked_attention, causal_mask
 from moe_jax.ops.rotary import prepare_heads, prepare_heads_fused
-from moe_jax.ops.splash import splash_attention
 from moe_jax.parallel.mesh import platform
 from moe_jax.parallel.product import product
 from moe_jax.parallel.rules import BATCH_AXES, spec
+from moe_jax.parallel.splash import splash_attention
 
 HEADS = ("batch", "heads", "width", "sequence")
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-LANES = 128
+from moe_jax.chips import LANES
+
 BLOCK = 4  # times 128 rows: one step of a kernel
 
 

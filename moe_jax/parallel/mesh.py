@@ -15,7 +15,6 @@ from moe_jax.errors import UserError
 
 # Outermost first: neighbours on a torus go to the axes that talk most often.
 AXES = ("slices", "data", "fsdp", "expert", "context", "tensor")
-LANES = 128  # of a TPU's registers: its attention takes sequences in multiples of them
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -7,9 +7,10 @@ import math
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from moe_jax.chips import LANES
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
-from moe_jax.parallel.mesh import LANES, platform
+from moe_jax.parallel.mesh import platform
 
 # Logical axis -> mesh axes. Parameters are cut along d_model by fsdp, experts by expert, heads, shared
 # experts and vocabulary by tensor; a batch is cut by every other axis, since an expert group also sees its

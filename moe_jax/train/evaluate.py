@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from moe_jax.data.pipeline import compression_bits_per_byte, heldout_batches, heldout_documents
+from moe_jax.data.pipeline import compression_bits_per_byte, heldout_batches, heldout_documents, heldout_rows
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.overrides import apply
 from moe_jax.parallel.batches import put_batch
@@ -37,7 +37,7 @@ def evaluate(run_dir: str | Path, overrides: list[str] | None = None) -> dict[st
     params, biases = restore_model(run_dir, abstract_state(cfg, mesh))
     step = make_eval_step(cfg, mesh)
     nats, tokens = 0.0, 0
-    for batch in heldout_batches(data, tokenizer, max(1, _TOKENS // data.seq_len)):
+    for batch in heldout_batches(heldout_rows(data, tokenizer), max(1, _TOKENS // data.seq_len)):
         nll, count = step(params, biases, put_batch(batch, mesh))
         nats, tokens = nats + float(nll), tokens + int(count)
     size = sum(document.num_bytes for document in documents)

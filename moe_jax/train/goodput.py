@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 KINDS = ("step", "save", "restore", "compile", "data", "other")
 
@@ -17,13 +17,14 @@ class Goodput:
         self._kinds, self._since = ["other"], time.perf_counter()
 
     @contextlib.contextmanager
-    def spent(self, kind: str) -> Iterator[None]:
-        """What runs inside counts as `kind`."""
+    def spent(self, kind: str | Callable[[], str]) -> Iterator[None]:
+        """What runs inside counts as `kind`, which may be asked for when it has run."""
         self._settle()
-        self._kinds.append(kind)
+        self._kinds.append(kind if isinstance(kind, str) else "other")
         try:
             yield
         finally:
+            self._kinds[-1] = kind if isinstance(kind, str) else kind()
             self._settle()
             self._kinds.pop()
 

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,15 @@ _MAY_CHANGE = (
     "compute_dtype", "loss_chunk", "remat", "model.moe.buffer_factor", "data.heldout", "data.tokenizer",
     "data.cache_dir",
 )  # fmt: skip
+# Options of the model that change what training does with it, not what it computes.
+_ONLY_TRAINED_WITH = (
+    "model.init_scale", "model.max_position_embeddings", "model.moe.dispatch", "model.moe.capacity_factor",
+    "model.moe.buffer_factor", "model.moe.bias_update_rate", "model.moe.router_z_loss", "model.moe.aux_loss",
+)  # fmt: skip
 _DATA = ("data.sources", "data.max_bytes")  # and these where the user says so
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
-_NOT_OURS = ("launch.json", "process-*.log")  # a supervisor's, there before the run
+# What a supervisor, or a start that ended before config.json was written, may have left.
+_BEFORE = ("launch.json", "process-*.log", "events.jsonl", "hang-*.txt")
 
 
 def changed_options(cfg: RunConfig, run_dir: epath.Path, new_data: bool = False) -> dict[str, tuple[Any, Any]]:
@@ -56,6 +63,15 @@ def changed_options(cfg: RunConfig, run_dir: epath.Path, new_data: bool = False)
             f"{run_dir} holds another run: {listed(refused)}; restore the options or name another folder"
         )
     return changed
+
+
+def changed_model(theirs: RunConfig, cfg: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Options by which `cfg` computes something else with the parameters of another run, as {name: (old, new)}.
+
+    A longer context may want another rope, so that is no error; but no array's shape would tell.
+    """
+    changed = differences(replace(cfg, model=theirs.model), cfg)
+    return {name: values for name, values in changed.items() if not name.startswith(_ONLY_TRAINED_WITH)}
 
 
 def listed(changed: dict[str, tuple[Any, Any]]) -> str:
@@ -83,7 +99,7 @@ def describe_run(cfg: RunConfig, run_dir: epath.Path, tokenizer: Tokenizer, mesh
 
 
 def _foreign(path: epath.Path) -> bool:
-    return not path.name.startswith(".") and not any(Path(path.name).match(name) for name in _NOT_OURS)
+    return not path.name.startswith(".") and not any(Path(path.name).match(name) for name in _BEFORE)
 
 
 def _git_commit() -> str | None:

@@ -24,7 +24,7 @@ Metrics = dict[str, jax.Array]
 
 
 class Loss(NamedTuple):
-    """Sums of one microbatch; `nll` in nats over loss-bearing tokens."""
+    """Of one microbatch: sums of nats over loss-bearing tokens, of counts and of drops; means of the two losses."""
 
     nll: jax.Array
     z_loss: jax.Array

@@ -6,6 +6,7 @@ protocol buffers only the few wire types of scalars are needed.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import time
@@ -44,12 +45,9 @@ class EventFile:
         )
         self._write(b"\x10" + _varint(step) + _bytes_field(5, summary))
         self._file.flush()
-        if not self._remote:
+        if not self._remote or time.monotonic() - self._put < _SECONDS:
             return
-        long = self._file.tell() > PART_BYTES
-        if long or time.monotonic() - self._put > _SECONDS:
-            self._send()
-        if long:
+        if self._send() and self._file.tell() > PART_BYTES:
             self._begin(step + 1)
 
     def close(self) -> None:
@@ -58,10 +56,14 @@ class EventFile:
             self._send()
         self._file.close()
 
-    def _send(self) -> None:
+    def _send(self) -> bool:
+        """Whether the file was put; curves are no record, and the next put holds what this one lost."""
         assert isinstance(self._file, io.BytesIO)
-        write_bytes(self._path, self._file.getvalue())
         self._put = time.monotonic()
+        with contextlib.suppress(Exception):  # what gcsfs raises is of many kinds
+            write_bytes(self._path, self._file.getvalue())
+            return True
+        return False
 
     def _write(self, fields: bytes) -> None:
         event = b"\x09" + struct.pack("<d", time.time()) + fields

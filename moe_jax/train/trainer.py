@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
-from moe_jax.data.pipeline import TrainIterator, heldout_batches, make_train_iterator, require_heldout
+from moe_jax.data.packing import PackedRows
+from moe_jax.data.pipeline import TrainIterator, heldout_batches, heldout_rows, make_train_iterator
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import Preempted, UserError
 from moe_jax.files import AnyPath, is_remote, location
@@ -31,12 +33,12 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.processes import barrier, is_first
 from moe_jax.run_lock import exclusive
 from moe_jax.train.agreement import by_first, together
-from moe_jax.train.catalogue import complete_records
-from moe_jax.train.checkpoint import Checkpoints, complete_steps, final_step, restore_model
+from moe_jax.train.catalogue import checkpoint_path, complete_records, complete_steps
+from moe_jax.train.checkpoint import Checkpoints, config_of, final_step, restore_model
 from moe_jax.train.goodput import Goodput
 from moe_jax.train.guard import BadStep, LossGuard
 from moe_jax.train.metrics import History, Metrics
-from moe_jax.train.run_folder import changed_options, describe_run, listed
+from moe_jax.train.run_folder import changed_model, changed_options, describe_run, listed
 from moe_jax.train.state import TrainState, abstract_state, init_state
 from moe_jax.train.step import make_eval_step, make_train_step
 from moe_jax.train.watch import StopRequest, Watchdog
@@ -74,19 +76,18 @@ def fit(
     index, count = share_of_batch(mesh)
     with goodput.spent("data"):
         data = make_train_iterator(cfg.data, tokenizer, process_index=index, process_count=count)
-        heldout = require_heldout(cfg.data, tokenizer) if cfg.checkpoint.keep_best else []
-    _require_same_everywhere(
-        cfg, tokenizer=tokenizer.fingerprint, data=data.get_state()["fingerprint"], heldout=heldout
-    )
+        heldout = heldout_rows(cfg.data, tokenizer) if cfg.checkpoint.keep_best else []
+    prints = {"data": data.get_state()["fingerprint"], "heldout": [rows.fingerprint for rows in heldout]}
+    _require_same_everywhere(cfg, tokenizer=tokenizer.fingerprint, **prints)
     with contextlib.ExitStack() as stack:
         still_ours = stack.enter_context(exclusive(run_dir)) if is_first() else _nothing
         history = stack.enter_context(History(run_dir))
         dump = None if is_remote(run_dir) else Path(run_dir) / f"hang-{jax.process_index()}.txt"
         stop = stack.enter_context(stop or StopRequest())
-        dog = stack.enter_context(Watchdog(cfg.guard.hang_minutes, dump))
-        _Trainer(cfg, run_dir, mesh, tokenizer, data, history, goodput, stop, dog, still_ours, new_data).run(
-            changes
-        )
+        dog = stack.enter_context(Watchdog(cfg.guard.hang_minutes, dump, partial(history.event, "hung")))
+        _Trainer(
+            cfg, run_dir, mesh, tokenizer, data, heldout, history, goodput, stop, dog, still_ours, new_data
+        ).run(changes)
     return run_dir
 
 
@@ -136,6 +137,7 @@ class _Trainer:
     mesh: Mesh
     tokenizer: Tokenizer
     data: TrainIterator
+    heldout: list[PackedRows]  # for keep_best
     history: History
     goodput: Goodput
     stop: StopRequest
@@ -206,7 +208,7 @@ class _Trainer:
                 self.history.event("data_changed", step, changes=changed)
             self.guard.reset(stored["recent_losses"])
             jax.block_until_ready(self.state)
-        self.dog.beat(f"step {step + 1}")
+        self.dog.beat(step + 1)
         return step
 
     def _first_state(self) -> TrainState:
@@ -216,6 +218,9 @@ class _Trainer:
         step = final_step(cfg.init_from)
         stored = Checkpoints(cfg.init_from, cfg.checkpoint).metadata(step)
         self.tokenizer.require(cfg.model.vocab_size, stored["tokenizer"])
+        if changes := changed_model(config_of(checkpoint_path(cfg.init_from, step), stored), cfg):
+            print(f"starting from {cfg.init_from} as another model: {listed(changes)}", file=sys.stderr, flush=True)
+            self.history.event("model_changed", 0, changes={k: list(v) for k, v in changes.items()})
         params, biases = restore_model(cfg.init_from, abstract_state(cfg, self.mesh), step)
         return replace(init_state(cfg, self.mesh), params=params, biases=biases)
 
@@ -224,7 +229,7 @@ class _Trainer:
         cfg, clock, several = self.cfg, _Clock(), jax.process_count() > 1
         self.saved = time.monotonic()
         for step in range(start + 1, cfg.steps + 1):
-            with self.goodput.spent("data"):
+            with self.goodput.spent(self._data_or_step):
                 number, batch = self.data.batch_number, next(self.data)
                 arrays = put_batch(batch, self.mesh)
             if several:
@@ -252,13 +257,18 @@ class _Trainer:
             self._tell_completed()
         return None
 
+    def _data_or_step(self) -> str:
+        """What went by while a batch was prepared: nothing is lost as long as the devices are at work."""
+        loss: Any = self.pending and self.pending.metrics["loss"]
+        return "data" if loss is None or loss.is_ready() else "step"
+
     def _settle(self, metrics: Metrics, clock: _Clock, saving: bool = False) -> tuple[BadStep | None, int]:
         """Wait for the pending step and log it where it is due: (what was wrong with it, what all voted)."""
         done, self.pending = self.pending, None
         if done is None:
             return None, 0
         values = jax.device_get(done.metrics)
-        self.dog.beat(f"step {done.step + 1}")
+        self.dog.beat(done.step + 1)
         vote = int(values.pop("vote")) if "vote" in values else self._vote()
         bad = self.guard.check(done.step, float(values["loss"]), float(values["grad_norm"]), done.batch)
         if bad is None:
@@ -278,19 +288,19 @@ class _Trainer:
 
     def _compile(self, step: int, arrays: dict[str, jax.Array]) -> None:
         begin = time.perf_counter()
-        self.dog.beat("compiling", at_least=_COMPILE_MINUTES)
+        self.dog.beat(step, "compiling", _COMPILE_MINUTES)
         with self.goodput.spent("compile"):  # apart, so that no step's time holds it
             step_function: Any = make_train_step(self.cfg, self.mesh)
             self.train_step = step_function.lower(self.state, arrays).compile()
             together("compiled", lambda: None)  # else the first step would wait for the slowest
         self.history.event("compiled", step - 1, seconds=round(time.perf_counter() - begin, 3))
-        self.dog.beat(f"step {step}")
+        self.dog.beat(step)
 
     def _save(self, step: int, wait: bool) -> None:
         begin = time.perf_counter()
         self.still_ours()
         with self.goodput.spent("save"):
-            heldout = self._heldout_loss() if self.cfg.checkpoint.keep_best else None
+            heldout = self._heldout_loss(step) if self.heldout else None
             stored = {
                 "config": to_dict(self.cfg),
                 "data": self.data.get_state(),
@@ -302,7 +312,7 @@ class _Trainer:
             if wait:
                 self.checkpoints.wait()
         self.saved = time.monotonic()
-        self.dog.beat(f"step {step + 1}")
+        self.dog.beat(step + 1)
         blocked = round(time.perf_counter() - begin, 3)
         self.history.event("saved", step, blocked=blocked, heldout_loss=heldout)
         self._tell_goodput(step)
@@ -317,19 +327,21 @@ class _Trainer:
     def _tell_goodput(self, step: int) -> None:
         self.history.event("goodput", step, seconds=self.goodput.seconds)
 
-    def _heldout_loss(self) -> float:
-        """Nats per token on the first batches of data.heldout."""
+    def _heldout_loss(self, step: int) -> float:
+        """Nats per token on the first batches of data.heldout; as in use, no expert is ever full."""
         assert self.state is not None
         if not hasattr(self, "eval_step"):
-            self.eval_step = make_eval_step(self.cfg, self.mesh)
+            self.dog.beat(step, "compiling", _COMPILE_MINUTES)
+            self.eval_step = make_eval_step(replace(self.cfg, model=self.cfg.model.dropless()), self.mesh)
         nats = tokens = 0.0
         # Of the step's size: what a microbatch needs is what is known to fit.
         parts = self.cfg.gradient_accumulation
-        batches = heldout_batches(self.cfg.data, self.tokenizer, self.cfg.data.global_batch_size // parts)
+        batches = heldout_batches(self.heldout, self.cfg.data.global_batch_size // parts)
         for batch in itertools.islice(batches, parts * self.cfg.checkpoint.heldout_batches):
             arrays = put_everywhere(batch, self.mesh)
             nll, count = jax.device_get(self.eval_step(self.state.params, self.state.biases, arrays))
             nats, tokens = nats + float(nll), tokens + float(count)
+            self.dog.beat(step, "evaluating")
         return nats / max(tokens, 1.0)
 
     def _go_back(self, bad: BadStep) -> int:

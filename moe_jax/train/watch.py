@@ -9,10 +9,13 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 from moe_jax.errors import HUNG
+
+_TELL_SECONDS = 10.0  # that the last words may take: what hangs may be the place that they go to
 
 
 class StopRequest:
@@ -47,12 +50,13 @@ class Watchdog:
     """Ends the process with a stack dump when nothing was reported for `minutes` (0: never).
 
     A collective that a peer never joins blocks for ever and cannot be interrupted; the process's end is the only
-    way to tell a supervisor. What a process does by itself, a compilation say, may take longer.
+    way to tell a supervisor. What a process does by itself, a compilation say, may take longer. `tell` is called
+    with the step and what was done for it before the end.
     """
 
-    def __init__(self, minutes: float, dump: Path | None) -> None:
-        self._seconds, self._dump = 60 * minutes, dump
-        self.beat("starting")
+    def __init__(self, minutes: float, dump: Path | None, tell: Callable[..., object]) -> None:
+        self._seconds, self._dump, self._tell = 60 * minutes, dump, tell
+        self.beat(0, "starting")
         self._done = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -63,13 +67,13 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._done.set()
 
-    def beat(self, doing: str, at_least: float = 0.0) -> None:
-        """Something was finished, and this is what comes next; it may take `at_least` so many minutes."""
-        self._now = (doing, max(self._seconds, 60 * at_least), time.monotonic())
+    def beat(self, step: int, doing: str = "", at_least: float = 0.0) -> None:
+        """Something was finished; next comes this step, or what is done for it, for `at_least` so many minutes."""
+        self._now = (step, doing or f"step {step}", max(self._seconds, 60 * at_least), time.monotonic())
 
     def _watch(self) -> None:
         while True:
-            doing, allowed, since = self._now
+            step, doing, allowed, since = self._now
             left = since + allowed - time.monotonic()
             if left <= 0:
                 break
@@ -85,4 +89,7 @@ class Watchdog:
             with contextlib.suppress(OSError), self._dump.open("w") as file:
                 print(sentence, file=file, flush=True)
                 faulthandler.dump_traceback(file, all_threads=True)
+        telling = threading.Thread(target=self._tell, args=(step,), kwargs={"doing": doing}, daemon=True)
+        telling.start()
+        telling.join(_TELL_SECONDS)
         os._exit(HUNG)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -12,12 +12,22 @@ import pyarrow
 import pyarrow.parquet as parquet
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from moe_jax.data.corpus import Message
+from moe_jax.data.tokenizer import BOS, EOT, HEADER_END, HEADER_START
+
 TEXT = "the quick brown fox jumps over a lazy dog while Ünïcödé and 漢字 look on, 12345 times"
 WORDS = TEXT.split()
 
 
 def sentence(seed: int, words: int) -> str:
     return " ".join(WORDS[(seed * 7 + i * i) % len(WORDS)] for i in range(words))
+
+
+def render_text(messages: Sequence[Message], generation_prompt: bool = False) -> str:
+    """What the chat template should render."""
+    turns = [f"{HEADER_START}{m['role']}{HEADER_END}\n\n{m['content']}{EOT}" for m in messages]
+    prompt = f"{HEADER_START}assistant{HEADER_END}\n\n" if generation_prompt else ""
+    return BOS + "".join(turns) + prompt
 
 
 def write_records(path: Path, records: list[bytes]) -> None:

@@ -6,8 +6,9 @@ import jinja2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.data.chat import CHAT_TEMPLATE, render_ids, render_text
+from moe_jax.data.chat import CHAT_TEMPLATE, render_ids
 from moe_jax.data.tokenizer import BOS, EOT, HEADER_END, HEADER_START
+from tests.data.helpers import render_text
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 conversations = st.lists(

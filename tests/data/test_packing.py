@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.data.packing import PackedRows, empty_row, stack
+from moe_jax.data.packing import PackedRows, empty_row, layout_chat, layout_text, stack
 from moe_jax.data.tokenized import TokenizedSource
 
 PAD, BOS, SPAN = 0, 1, 1000
@@ -87,6 +89,32 @@ def test_chats_stay_whole_or_are_cut_and_counted(lengths, S, seed, random):
         seen.append(document)
     assert len(seen) == len(set(seen)) == len(lengths) - rows.layout.dropped
     assert cut == rows.layout.truncated
+
+
+@settings(max_examples=60)
+@given(lengths_of_documents, row_lengths, seeds)
+def test_each_row_of_text_goes_on_where_the_one_before_ended(lengths, S, seed):
+    order = np.arange(len(lengths)) if seed is None else np.random.default_rng(seed).permutation(len(lengths))
+    layout = layout_text(np.array(lengths), order, S)
+    at = [(document, place) for document in order for place in range(lengths[document])]
+    for row in range(len(layout.rows) - 1):
+        pieces = list(layout.pieces(row))
+        held = [(document, place) for document, begin, end in pieces for place in range(begin, end)]
+        room = S - (pieces[0][1] > 0)  # a rest begins behind a BOS
+        assert held == at[:room] and len(held) > 0
+        at = at[room:]
+    assert at == []
+
+
+def test_a_layout_takes_tens_of_bytes_a_document():
+    lengths, trained = np.full(200_000, 700), np.ones(200_000, bool)
+    order = np.random.default_rng(0).permutation(len(lengths))
+    for lay in (lambda: layout_text(lengths, order, 1024), lambda: layout_chat(lengths, order, 1024, trained)):
+        tracemalloc.start()
+        layout = lay()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert layout.rows[-1] == 700 * len(lengths) and peak < 100 * len(lengths)
 
 
 def test_first_fit_fills_earlier_rows():

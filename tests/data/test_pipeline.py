@@ -17,8 +17,8 @@ from moe_jax.data.pipeline import (
     compression_bits_per_byte,
     heldout_batches,
     heldout_documents,
+    heldout_rows,
     make_train_iterator,
-    require_heldout,
 )
 from moe_jax.data.tokenized import tokenize_source
 from moe_jax.errors import UserError
@@ -147,7 +147,7 @@ def test_a_failed_read_leaves_no_cache_behind(text_source, tokenizer, tmp_path):
 
 def test_heldout_batches_and_documents_hold_the_same_bytes_and_targets(config, tokenizer):
     documents = heldout_documents(config, tokenizer)
-    batches = list(heldout_batches(config, tokenizer, batch_size=5))
+    batches = list(heldout_batches(heldout_rows(config, tokenizer), 5))
     assert all(batch["tokens"].shape == (5, 64) for batch in batches)
     targets = [int(t) for b in batches for t in b["targets"][b["loss_mask"] > 0]]
     assert targets == [int(t) for document in documents for t in document.ids[1:]]
@@ -157,17 +157,18 @@ def test_heldout_batches_and_documents_hold_the_same_bytes_and_targets(config, t
 
 
 def test_heldout_text_is_refused_before_training_where_nothing_in_it_can_be_measured(config, tokenizer, tmp_path):
-    found = require_heldout(config, tokenizer)
-    assert require_heldout(dataclasses.replace(config, heldout=config.heldout * 2), tokenizer) == found * 2
+    (rows,) = heldout_rows(config, tokenizer)
+    twice = heldout_rows(dataclasses.replace(config, heldout=config.heldout * 2), tokenizer)
+    assert [other.fingerprint for other in twice] == [rows.fingerprint] * 2
     with pytest.raises(UserError, match=r"data\.heldout is empty; name a source"):
-        require_heldout(dataclasses.replace(config, heldout=()), tokenizer)
+        heldout_rows(dataclasses.replace(config, heldout=()), tokenizer)
     missing = dataclasses.replace(config, heldout=(*config.heldout, SourceConfig(f"{tmp_path}/none*")))
     with pytest.raises(UserError, match="none"):
-        require_heldout(missing, tokenizer)
+        heldout_rows(missing, tokenizer)
     (tmp_path / "open.jsonl").write_text('{"messages": [{"role": "user", "content": "alone"}]}\n')
     unanswered = dataclasses.replace(config, heldout=(SourceConfig(f"{tmp_path}/open.jsonl", kind="chat"),))
     with pytest.raises(UserError, match="no conversation has an assistant's answer"):
-        require_heldout(unanswered, tokenizer)
+        heldout_rows(unanswered, tokenizer)
 
 
 def test_compression_is_measured_on_the_same_bytes(config, tokenizer):

@@ -46,6 +46,16 @@ def test_a_saved_file_loads_the_same_here_and_elsewhere(tokenizer, tmp_path):
     assert Tokenizer.load(compact).fingerprint == tokenizer.fingerprint
 
 
+def test_a_file_that_cuts_and_fills_texts_does_neither_here(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    saved = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    saved.enable_truncation(8)
+    saved.enable_padding(length=64)
+    saved.save(str(tmp_path / "cuts.json"))
+    texts = [sentence(1, 40), "a"]
+    assert Tokenizer.load(tmp_path / "cuts.json").encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
 def test_special_tokens_have_the_low_ids(tokenizer):
     assert [tokenizer.token(i) for i in range(6)] == list(SPECIAL_TOKENS)
     assert tokenizer.decode([tokenizer.bos]) == BOS and tokenizer.token(10**6) == ""

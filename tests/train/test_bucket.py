@@ -37,21 +37,41 @@ def losses(run: str | Path) -> list[tuple[int, float, float]]:
 
 
 def test_curves_of_a_long_run_are_in_files_of_which_only_the_last_is_put_again(environment, monkeypatch):
+    monkeypatch.setattr("moe_jax.train.tensorboard._SECONDS", 0.0)
     monkeypatch.setattr("moe_jax.train.tensorboard.PART_BYTES", 500)
     folder = location(f"gs://{BUCKET}/curves")
     events = EventFile(folder, 1)
     seen: dict[str, bytes] = {}
     for step in range(1, 41):
         events.scalars(step, {"loss": float(step)})
-        now = {name: (folder / name).read_bytes() for name in sizes_below(folder)}
-        assert now.items() >= seen.items()  # what was put before is complete
-        seen = now
+        now = {name: (folder / name).read_bytes() for name in sorted(sizes_below(folder))}
+        assert now.items() >= seen.items()
+        seen = dict(list(now.items())[:-1])  # all but the last are complete
     events.close()
     paths = sorted(folder.iterdir(), key=lambda path: path.name)
     assert len(paths) > 3 and all(path.stat().length < 700 for path in paths)
     records = [record for path in paths for record in whole_records(path.read_bytes())]
     points = [struct.unpack("<f", r[-4:])[0] for r in records if b"loss" in r]
     assert points == [float(step) for step in range(1, 41)]
+
+
+def test_a_put_of_curves_that_fails_ends_no_run_and_loses_no_point(environment, monkeypatch):
+    def refused(*_):
+        raise ConnectionError("503")
+
+    monkeypatch.setattr("moe_jax.train.tensorboard._SECONDS", 0.0)
+    monkeypatch.setattr("moe_jax.train.tensorboard.PART_BYTES", 300)
+    folder = location(f"gs://{BUCKET}/refused")
+    events = EventFile(folder, 1)
+    with monkeypatch.context() as broken:
+        broken.setattr("moe_jax.train.tensorboard.write_bytes", refused)
+        for step in range(1, 11):
+            events.scalars(step, {"loss": float(step)})
+        assert sizes_below(folder) == {}
+    events.scalars(11, {"loss": 11.0})
+    events.close()
+    records = [r for path in sorted(folder.iterdir(), key=str) for r in whole_records(path.read_bytes())]
+    assert [struct.unpack("<f", r[-4:])[0] for r in records if b"loss" in r] == [float(i) for i in range(1, 12)]
 
 
 def test_a_run_in_a_bucket_killed_in_a_save_equals_the_one_on_a_disk(tiny, finished, environment, tmp_path):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from moe_jax.config import GuardConfig
 from moe_jax.errors import HUNG
+from moe_jax.files import read_lines
 from moe_jax.train.goodput import Goodput
 from moe_jax.train.guard import LossGuard
 from moe_jax.train.watch import StopRequest
@@ -88,19 +89,36 @@ def test_outside_the_main_thread_no_handler_is_touched():
 HANG = """
 import sys, threading
 from pathlib import Path
+from moe_jax.train import watch
 from moe_jax.train.watch import Watchdog
+watch._TELL_SECONDS = 0.2
 def waits_for_a_peer():
     threading.Event().wait()
-with Watchdog(float(sys.argv[1]) / 60, Path(sys.argv[2])) as dog:
+def tell(step, doing):
+    print(f"told {step} {doing}", flush=True)
+    waits_for_a_peer()  # as a log in a bucket that cannot be reached
+with Watchdog(float(sys.argv[1]) / 60, Path(sys.argv[2]), tell) as dog:
     for step in range(20):
-        dog.beat(f"step {step}")
+        dog.beat(step)
         threading.Event().wait(0.05)
     if sys.argv[3:] == ["hang"]:
         waits_for_a_peer()
     if sys.argv[3:] == ["compile"]:
-        dog.beat("compiling", at_least=1)
+        dog.beat(20, "compiling", at_least=1)
         threading.Event().wait(1.5)
-        dog.beat("step 21")
+        dog.beat(21)
+"""
+STUCK = """
+import sys, threading
+from moe_jax.__main__ import main
+from moe_jax.data.pipeline import TrainIterator
+take = TrainIterator.__next__
+def stuck(self):
+    if self.batch_number == 5:
+        threading.Event().wait()
+    return take(self)
+TrainIterator.__next__ = stuck
+main(sys.argv[1:])
 """
 
 
@@ -113,5 +131,25 @@ def test_the_watchdog_ends_a_process_that_hangs_and_only_that(tmp_path, hangs, s
     if status == HUNG:
         assert "hung for 1 s in step 19" in done.stderr and "guard.hang_minutes" in done.stderr
         assert "waits_for_a_peer" in dump.read_text() and "waits_for_a_peer" in done.stderr
+        assert done.stdout == "told 19 step 19\n"
     else:
         assert not dump.exists()
+
+
+def test_a_hang_is_in_the_history_of_the_run(tiny, tmp_path):
+    words = ["train", str(tiny.root / "config.json"), "--run", str(tmp_path / "run"), "guard.hang_minutes=0.2"]
+    command = [sys.executable, "-c", STUCK, *words]
+    env = tiny.env | {"JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == HUNG, done.stderr
+    last = read_lines(tmp_path / "run/events.jsonl")[-1]
+    assert (last["event"], last["step"], last["doing"]) == ("hung", 5, "step 5")
+
+
+def test_time_may_be_named_after_it_was_spent():
+    goodput = Goodput()
+    for kind in ("step", "data"):
+        with goodput.spent(lambda kind=kind: kind):
+            time.sleep(0.02)
+    seconds = goodput.seconds
+    assert seconds["step"] >= 0.02 and seconds["data"] >= 0.02

@@ -107,7 +107,7 @@ def test_processes_that_read_different_text_do_not_start(tiny, tmp_path):
 def test_a_notice_to_one_process_is_granted_by_both_at_one_step(tiny, in_two, tmp_path):
     run = tmp_path / "run"
     children = start(tiny, run)
-    while not read_lines(run / "metrics.jsonl"):
+    while not read_lines(run / "events.jsonl"):  # it has started, and compiles
         assert all(child.poll() is None for child in children)
         time.sleep(0.02)
     children[1].send_signal(signal.SIGTERM)

@@ -19,6 +19,7 @@ from moe_jax.__main__ import main
 from moe_jax.config import SourceConfig
 from moe_jax.data.commands import build_tokenizer
 from moe_jax.data.pipeline import TrainIterator
+from moe_jax.data.tokenized import tokenize_source
 from moe_jax.errors import Preempted, UserError
 from moe_jax.files import read_lines
 from moe_jax.train import evaluate as evaluation
@@ -168,6 +169,23 @@ def test_checkpoints_come_by_the_clock_and_the_best_stays(tiny, finished, tmp_pa
     assert complete.keys() == {event["step"] for event in saved} and complete[12]["bytes"] > 0
 
 
+def test_the_best_is_what_evaluation_would_call_the_best(tiny, tmp_path, monkeypatch):
+    read = []
+
+    def counting(source, *others):
+        read.append(source.path)
+        return tokenize_source(source, *others)
+
+    monkeypatch.setattr("moe_jax.data.pipeline.tokenize_source", counting)
+    options = ["model.moe.dispatch=drop_and_pad", "model.moe.capacity_factor=0.3", "steps=4"]
+    options += ["checkpoint.every_steps=1", "checkpoint.keep_best=True", "checkpoint.heldout_batches=1000"]
+    run = tiny.fit(tmp_path / "run", *options)
+    assert len(read) == 2  # the text and the held-out one, once each
+    saved = events(run, "saved")
+    assert len(saved) == 4 and sum(read_metrics(run)[-1]["dropped"]) > 0
+    assert saved[-1]["heldout_loss"] == pytest.approx(evaluation.evaluate(run)["nats_per_token"], rel=1e-5)
+
+
 def test_a_failed_background_save_stops_the_run_at_once(tiny, tmp_path, monkeypatch):
     save = ocp.save_checkpointables_async
 
@@ -276,6 +294,17 @@ def test_a_stage_starts_from_parameters_and_biases_only(tiny, finished, tmp_path
     np.testing.assert_array_equal(embedding, parameters["embed/embedding"])
     np.testing.assert_array_equal(bias["bias"], parameters["layers/ffn/router/bias"])
     assert np.abs(parameters["layers/ffn/router/bias"]).max() > 0
+    assert not events(tmp_path / "next", "model_changed")
+
+
+def test_a_stage_that_computes_something_else_with_its_start_says_so(tiny, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer._Trainer, "_train", lambda *_: None)
+    options = ["model.rope.theta=10000", "model.moe.num_experts_per_tok=1", "model.moe.dispatch=drop_and_pad"]
+    tiny.fit(tmp_path / "next", f"init_from={finished}", *options)
+    (event,) = events(tmp_path / "next", "model_changed")
+    assert event["changes"] == {"model.rope.theta": [500000.0, 10000.0], "model.moe.num_experts_per_tok": [2, 1]}
+    said = capsys.readouterr().err
+    assert f"starting from {finished} as another model: " in said and "num_experts_per_tok was 2, is 1" in said
 
 
 def test_an_unfinished_stage_is_no_start(tiny, finished, tmp_path):

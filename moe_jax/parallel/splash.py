@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.parallel.mesh import LANES
+from moe_jax.chips import LANES
 from moe_jax.parallel.rules import BATCH_AXES
 
 BLOCK = 512  # small enough to skip most of the causal triangle, large enough to fill the MXU

@@ -13,11 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from launch.fit_compile import devices_of
 from launch.slices import parse_slice
+from moe_jax.chips import LANES
 from moe_jax.config import MeshConfig
-from moe_jax.ops import splash as module
 from moe_jax.ops.attention import attention, causal_mask
-from moe_jax.ops.splash import splash_attention
-from moe_jax.parallel.mesh import LANES, make_mesh
+from moe_jax.parallel import splash as module
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.splash import splash_attention
 from tests.tiny import mesh_of, quick
 
 BATCH, HEADS, GROUPS, WIDTH, LENGTH = 2, 4, 2, 32, 512
