@@ -57,8 +57,8 @@ def first_knob(cfg: RunConfig, mesh: dict[str, int], args: int, needed: int, ava
         fewer = max(1, 2 ** int(math.log2(max(1.0, sequences * share))))
         more = cfg.gradient_accumulation * math.ceil(sequences / fewer)
         return (
-            f"fewer sequences at a time: --per-device-batch {fewer}, or for the same step "
-            f"gradient_accumulation={more}"
+            f"fewer sequences at a time: gradient_accumulation={more} for the same step, or in launch fit "
+            f"--per-device-batch {fewer / mesh['context']:g}"
         )
     if mesh["context"] < 8:
         return f"cut the sequence: mesh.context={2 * mesh['context']}"

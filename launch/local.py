@@ -25,15 +25,15 @@ from launch.processes import Ended, Processes, python, say
 from launch.record import environment_of_interest, job_record, write_record
 from moe_jax.command_line import add_command
 from moe_jax.config import RunConfig
-from moe_jax.errors import MISTAKEN, PREEMPTED, UserError
+from moe_jax.errors import INTERRUPTED, MISTAKEN, PREEMPTED, UserError
 from moe_jax.files import is_remote, location
+from moe_jax.run_lock import require_free
 from moe_jax.train.catalogue import complete_steps
 
 _SAVE_SECONDS = 900.0  # from a notice to the end: a checkpoint of the current step must fit
 _TOGETHER_SECONDS = 120.0  # between the orderly ends of the first process and the last
 _LAST_WORDS_SECONDS = 1.0  # for what the peers of a failed process still say; it may be the true cause
 _LONGEST_PAUSE = 30.0
-_INTERRUPTED = 128 + signal.SIGINT
 _OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -94,12 +94,15 @@ def run_local(job: LocalJob) -> int:
     SIGTERM and SIGINT are passed on once, and a second SIGINT kills.
 
     Raises:
-        UserError: a mistyped option or a folder that is not this run's; nothing has been started or written.
+        UserError: a mistyped option, or a folder that is not this run's or is in use; nothing has been started
+            or written.
     """
     from moe_jax.train.run_folder import changed_options
 
     stages = job.stages
     for cfg, folder in stages:
+        if not is_remote(folder):
+            require_free(folder)
         changed_options(cfg, folder, job.new_data)
     record = job_record("local", dataclasses.asdict(job), job.config, job.overrides)
     write_record(job.root, record)
@@ -188,7 +191,7 @@ class _Supervisor:
         if not self._told:
             return None
         if self._killed:
-            return _INTERRUPTED
+            return INTERRUPTED
         say(f"[launch] {blame.how} when it was told to end; the same command goes on {self._place()}")
         # One that was still starting knows of no checkpoint to write.
         return PREEMPTED if blame.status in (-signal.SIGTERM, -signal.SIGKILL) else blame.as_exit_status

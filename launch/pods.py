@@ -84,8 +84,10 @@ def launch_job(job: Job, submit: bool, check_fit: CheckFit | None = None) -> int
         raise UserError(
             f"{launcher.tool} is not on PATH; install it, or leave --submit out and take what is printed"
         )
-    write_record(job.run, job_record(job.launcher, job.to_dict(), job.config, job.overrides))
-    return launcher.submit(job)
+    status = launcher.submit(job)
+    if status == 0:  # the record of a job that runs must not give way to one that was refused
+        write_record(job.run, job_record(job.launcher, job.to_dict(), job.config, job.overrides))
+    return status
 
 
 def _local_paths(cfg: RunConfig) -> list[str]:

@@ -95,18 +95,19 @@ class Processes:
                 text = line.decode(errors="replace").rstrip("\n")
                 if text.startswith("error: "):
                     self.errors[index] = text
-                # A full disk, or a reader that has gone, must not end the training or let its pipe fill up.
                 if not text.startswith(_CHATTER):
-                    with contextlib.suppress(OSError, ValueError):
-                        say(prefix + text)
+                    say(prefix + text)
                 if log is not None:
                     with contextlib.suppress(OSError):
                         log.write(text.encode() + b"\n")
 
 
 def say(text: str) -> None:
-    """Print a line that no other thread's line runs into."""
-    with _PRINTING:
+    """Print a line that no other thread's line runs into.
+
+    A full disk, or a reader that has gone, must not end the training, its restarts, or the reading of its pipe.
+    """
+    with _PRINTING, contextlib.suppress(OSError, ValueError):
         print(text, flush=True)
 
 

@@ -42,9 +42,9 @@ def run_status(run: str, verify: bool = False) -> dict[str, Any]:
     root = location(run)
     record = _json(root / RECORD)
     planned = [(cfg["stage"], cfg["steps"]) for cfg in record.get("resolved", {}).values()]
-    folders = [root] if (root / "config.json").exists() else _stage_folders(root, [stage for stage, _ in planned])
+    folders = [root] if _is_run(root) else _stage_folders(root, [stage for stage, _ in planned])
     stages = [stage_status(folder, verify) for folder in folders]
-    if len(planned) > 1:
+    if len(planned) > 1 or not stages:  # of one that has not begun only the record tells
         begun = {folder.name for folder in folders}
         stages += [{"stage": s, "state": "waiting", "step": 0, "steps": n} for s, n in planned if s not in begun]
     if not stages:
@@ -190,16 +190,21 @@ def _open_files(process: int) -> Iterator[str]:
 
 def _json(path: epath.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_run(folder: epath.Path) -> bool:
+    return _json(folder / "config.json").keys() >= {"stage", "steps"}
 
 
 def _stage_folders(root: epath.Path, order: list[str]) -> list[epath.Path]:
     """In the order of the record, then of their first starts."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if (path / "config.json").exists()]
+    found = [path for path in root.iterdir() if _is_run(path)]
 
     def key(path: epath.Path) -> tuple[int, float]:
         events = read_lines(path / "events.jsonl")
@@ -315,7 +320,4 @@ def _command(arguments: Any) -> None:
         print(clear + render(status), end="", flush=True)
         if status["complete"] or not arguments.watch:
             return
-        try:
-            time.sleep(_WATCH_SECONDS)
-        except KeyboardInterrupt:
-            return
+        time.sleep(_WATCH_SECONDS)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import gcsfs
 import pytest
 
-from tests.object_store import BUCKET, object_store
+from tests.object_store import bucket  # noqa: F401  (a fixture)
 from tests.train.conftest import finished, tiny  # noqa: F401  (fixtures)
 
 
@@ -59,14 +57,3 @@ def result() -> dict[str, Any]:
         "machine": {"cores": 2, "cpu": "a CPU", "system": "Linux"},
         "versions": {"python": "3.11.7", "jax": "0.10.2"},
     }
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An empty bucket, gs://..., served on loopback."""
-    gcsfs.GCSFileSystem.clear_instance_cache()  # each remembers where its own was served
-    with object_store() as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        yield f"gs://{BUCKET}"
-    gcsfs.GCSFileSystem.clear_instance_cache()

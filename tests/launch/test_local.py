@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from launch.record import read_record
 from moe_jax.config import RunConfig
 from moe_jax.errors import HUNG, MISTAKEN, PREEMPTED
 from moe_jax.files import location
+from moe_jax.run_lock import exclusive
+from tests.chaos.job import is_alive
 
 ROOT = Path(__file__).parents[2]
 # A trainer's manners without a trainer. RUN/script.json holds, per attempt and process, what to do.
@@ -228,6 +231,29 @@ def test_a_folder_that_is_no_run_is_refused_and_nothing_is_written(tiny, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_second_start_is_refused_and_the_record_of_the_first_stays(tiny, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(_Supervisor, "run", lambda self: 0)
+    words = ["local", str(tiny.root / "config.json"), "--run", str(tmp_path / "run")]
+    assert main(words) == 0
+    record = (tmp_path / "run/launch.json").read_bytes()
+    with exclusive(tmp_path / "run"):
+        assert main([*words, "steps=99", "--processes", "2"]) == MISTAKEN
+    assert f"run is in use by process {os.getpid()} on " in capfd.readouterr().err
+    assert (tmp_path / "run/launch.json").read_bytes() == record
+    assert main([*words, "steps=99"]) == 0 and read_record(str(tmp_path / "run"))["overrides"] == ["steps=99"]
+
+
+def test_restarts_go_on_when_nobody_reads_what_is_said(tmp_path):
+    scripted(tmp_path, [[3]], [["half", 0]])
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), "1"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60)
+    os.close(writer)
+    assert attempts(tmp_path) == 2 and b"Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "process-0.log").read_text().endswith("half\n")
+
+
 def test_each_process_is_told_its_number_and_all_one_new_port():
     job = LocalJob("demo_pretrain", [], "r", processes=3, devices=2, environment={"JAX_PROCESS_ID": "9"})
     first, second = job.environments, job.environments
@@ -278,6 +304,6 @@ def test_a_killed_supervisor_leaves_no_orphan(tmp_path):
     child.kill()
     child.communicate(timeout=60)
     deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for _, pid, _ in started(tmp_path)):
+    while any(is_alive(pid) for _, pid, _ in started(tmp_path)):
         assert time.monotonic() < deadline
         time.sleep(0.02)

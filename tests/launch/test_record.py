@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
-
-import pytest
 
 from launch.job import Job
 from launch.record import job_record, read_record, write_record
@@ -49,8 +48,20 @@ def test_a_copied_run_of_pods_is_refused_and_not_gone_on_with_where_it_was_copie
     assert run("resume", f"{bucket}/mobilemoe-s/") == 0
 
 
-def test_a_record_holds_commit_difference_and_new_files():
-    git = job_record("gke", {}, "mobilemoe_s", [])["git"]
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git working tree")
-    assert len(git["commit"]) == 40 and isinstance(git["diff"], str) and isinstance(git["untracked"], list)
+def test_a_record_holds_commit_difference_and_new_files(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init")
+    (tmp_path / "code.py").write_text("old\n")
+    git("add", "code.py")
+    git("commit", "-m", "one")
+    (tmp_path / "code.py").write_text("changed\n")
+    (tmp_path / "new file.py").write_text("")
+    monkeypatch.setattr("launch.record._ROOT", tmp_path)
+    found = job_record("gke", {}, "mobilemoe_s", [])["git"]
+    assert found["commit"] == git("rev-parse", "HEAD") and found["untracked"] == ["new file.py"]
+    assert "-old\n+changed\n" in found["diff"]
+    monkeypatch.setattr("launch.record._ROOT", tmp_path / "none")
+    assert job_record("gke", {}, "mobilemoe_s", [])["git"] == {"commit": "", "diff": "", "untracked": []}

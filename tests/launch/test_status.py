@@ -83,6 +83,22 @@ def test_stages_that_have_not_begun_are_waiting(finished, tmp_path, capsys):
     assert not status["complete"] and "(local: processes 2)" in render(status)
 
 
+def test_a_run_that_has_only_been_recorded_is_waiting(tmp_path, capsys):
+    resolved = {"a": {"stage": "pretrain", "steps": 12}}
+    record = {"format": "moe_jax launch 1", "launcher": "gke", "job": {"slices": 2}, "resolved": resolved}
+    write_record(str(tmp_path / "run"), record)
+    (tmp_path / "run/.compiled").mkdir()
+    assert main(["status", str(tmp_path / "run")]) == 0
+    assert "waiting" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", ['{"architectures": ["X"]}', "[1]", "{"])
+def test_a_folder_of_somebody_else_is_no_run(tmp_path, capsys, config):
+    (tmp_path / "config.json").write_text(config)
+    assert main(["status", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
 def test_a_trainer_is_seen_by_its_lock_alone_while_it_lives(tmp_path):
     folder = location(tmp_path)
     assert holder(folder) == ""

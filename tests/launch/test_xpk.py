@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.record import read_record
 from launch.xpk import command_line, inner_command, render
 from tests.launch.pod_jobs import NASTY, calls, expanded, fake_tools, job, run
 
@@ -63,6 +64,16 @@ def test_submit_runs_what_is_printed_and_names_a_missing_tool(tmp_path, monkeypa
     monkeypatch.setenv("PATH", "")
     assert run(*XPK, "--cluster", "c", "--submit") == 2
     assert "xpk is not on PATH" in capfd.readouterr().err
+
+
+def test_a_job_that_is_refused_leaves_the_record_of_the_one_that_runs(tmp_path, monkeypatch, bucket):
+    log = fake_tools(tmp_path / "bin", monkeypatch, "xpk")
+    assert run(*XPK, "--cluster", "c", "--submit") == 0
+    tool = tmp_path / "bin/xpk"
+    tool.write_text(tool.read_text() + "sys.exit(3)\n")
+    assert run(*XPK, "--cluster", "c", "steps=9", "--submit") == 3 and len(calls(log)) == 2
+    record = read_record(f"{bucket}/mobilemoe-s")
+    assert "steps=9" not in record["overrides"]
 
 
 def test_where_the_bucket_cannot_be_written_a_job_starts_all_the_same_and_that_is_said(
