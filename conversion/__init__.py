@@ -3,3 +3,5 @@
 The way is checkpoint -> keymap -> weights -> torch_model -> litert; every code and scale of the checkpoint
 arrives unchanged.
 """
+
+MASKED = -1e30  # added to the scores of positions that must not be seen; finite, so 0 * it is 0

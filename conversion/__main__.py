@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion import bench_commands, gguf, hf
-from conversion.bench_commands import add_threads, lengths, options, say
+from conversion.command_options import add_checkpoint, add_threads, lengths, options, say
 from conversion.litert import FORMS
 from moe_jax.command_line import add_command, add_json, at_least, guarded, make_parser, parse, seed
 from moe_jax.config import RunConfig
@@ -55,8 +55,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: Any) -> int:
     """Call the command and write what it found; 1 where that is a failure."""
     path = getattr(arguments, "json", None)
-    if path and Path(path).is_dir():  # told before minutes of work, not after them
-        raise UserError(f"{path} is a folder; name a file for --json")
+    for option in ("json", "profile"):  # told before minutes of work, not after them
+        if Path(named := getattr(arguments, option, None) or "/dev/null").is_dir():
+            raise UserError(f"{named} is a folder; name a file for --{option}")
     result = arguments.command(arguments)
     if path:
         write_json(path, result)
@@ -66,11 +67,6 @@ def _run(arguments: Any) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser, commands = make_parser("python -m conversion", "From a checkpoint to a phone.", _EXAMPLES)
     add = partial(add_command, commands)
-
-    def add_checkpoint(sub: Any) -> None:
-        sub.add_argument("--step", type=at_least(0), help="this checkpoint instead of the last")
-        sub.add_argument("--tokenizer", metavar="PATH", help="default: the run's tokenizer.json")
-        sub.add_argument("--quantize-float", action="store_true", help="accept a run that had no QAT stage")
 
     sub = add(
         "export",
@@ -132,7 +128,8 @@ def _export(arguments: Any) -> dict[str, Any]:
     source, output, folder, seed = (given.pop(name) for name in ("source", "output", "out", "seed"))
     if (output is None) == (folder is None):
         raise UserError("say where to: either a name that ends in .litertlm or --out with a folder")
-    output = output or Path(folder, f"{Path(source).name}.litertlm")
+    if folder is not None:
+        output = Path(folder, f"{Path(source).absolute().name}.litertlm")
     if given.pop("random_weights"):
         given = {k: v for k, v in given.items() if k not in ("step", "quantize_float")}
         result = export_random(_config(source).model, output, seed=seed, **given, say=say)

@@ -64,7 +64,7 @@ def bench(
     prefill = sorted(prefill) or [n for n in PREFILL if n < limit] or [limit // 2]
     contexts = sorted(contexts) or [n for n in CONTEXTS if n <= limit] or [limit]
     if prefill[0] < 2 or max(prefill) >= limit or max(contexts) > limit:
-        raise UserError(f"prompts of {prefill} and contexts of {contexts} exceed the bundle's context of {limit}")
+        raise UserError(f"prompts {prefill} or contexts {contexts} go below 2 or beyond the context of {limit}")
     decode = decode or min(DECODE, contexts[0] // 2)
     if not 0 < decode < contexts[0] - _TOUCH - 1:
         raise UserError(f"a context of {contexts[0]} does not hold answers of {decode} tokens; lower --decode")
@@ -120,14 +120,14 @@ class _Work:
     def __init__(self, texts: Texts, prefill: Any, contexts: Any, rounds: int, decode: int, say: Any) -> None:
         self._texts, self._prefill, self._contexts = texts, prefill, contexts
         self._rounds, self._decode, self._say = rounds + 1, decode, say  # the first round only warms up
-        self._done, self._begun = 0.0, time.monotonic()
-        self._said = self._begun
 
     def run(self, candidates: Sequence[Candidate]) -> dict[Candidate, Figures]:
         """Measure all; {candidate: its medians}."""
         written = self._rounds * self._decode * _WRITTEN
         steps = ((end - begun + written) * _effort(end) for begun, end in pairwise([0, *self._contexts]))
         self._all = len(candidates) * (self._rounds * sum(self._prefill) + sum(steps))
+        self._done, self._begun = 0.0, time.monotonic()
+        self._said = self._begun
         found: dict[Candidate, Series] = {c: defaultdict(lambda: defaultdict(list)) for c in candidates}
         for length in self._prefill:
             for number, prompt in enumerate(self._texts.prompts(length, self._rounds)):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from conversion.command_options import add_threads, lengths, options, say
 from moe_jax.command_line import add_command, add_json, at_least, seed, top_p
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.errors import UserError
@@ -110,26 +110,6 @@ def _add_chat(commands: Any) -> None:
         action="store_true",
         help="draw which experts each token of an answer used; runs the answer once more, token by token",
     )
-
-
-def lengths(text: str) -> tuple[int, ...]:
-    """The numbers of an option like 16,128."""
-    return tuple(map(at_least(1), text.split(",")))
-
-
-def add_threads(sub: Any, text: str = "CPU threads of the engine") -> None:
-    """Let the command take a number of threads."""
-    sub.add_argument("--threads", type=at_least(1), default=2, help=text)
-
-
-def options(arguments: Any, *left_out: str) -> dict[str, Any]:
-    """What the command's function takes: its parameters bear the names of the options."""
-    return {k: v for k, v in vars(arguments).items() if k not in ("command", "json", *left_out)}
-
-
-def say(text: str) -> None:
-    """A word on the progress, to standard error."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _bench(arguments: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -67,10 +68,11 @@ class Candidate:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise UserError(
-                f"the process that ran {self.path} died with status {self._process.wait()}; free memory, or run "
-                "python -m conversion chat on it to see why"
-            )
+            status = self._process.wait()
+            mend = "free memory, or run python -m conversion chat on it to see why"
+            if status == -signal.SIGILL:
+                mend = "this machine refuses what its package was compiled to: see requirements/gguf.txt"
+            raise UserError(f"the process that ran {self.path} died with status {status}; {mend}")
         reply = json.loads(line)
         if "error" in reply:
             raise UserError(reply["error"])

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import ai_edge_litert
 import numpy as np
 
+from conversion import MASKED
 from moe_jax.errors import UserError
 
-_ALIGN, _CPU, _MASKED = 64, 1, -1e30
+_ALIGN, _CPU = 64, 1
 _FOLDER, _STRING = 22, 8  # an environment's option: where accelerators are looked for, and that it is a string
 _SIDES = (("Input", "NumSignatureInputs"), ("Output", "NumSignatureOutputs"))
 
@@ -109,7 +110,7 @@ class Runtime:
         self._view(call, "input_pos", np.int32)[:] = places
         if (call, "mask") in self._arrays:
             mask = self._view(call, "mask", np.float32).reshape(len(ids), -1)
-            mask[:] = np.where(np.arange(mask.shape[1]) <= places[:, None], 0, _MASKED)
+            mask[:] = np.where(np.arange(mask.shape[1]) <= places[:, None], 0, MASKED)
         inputs, outputs = ((c_size_t(len(b)), b) for b in buffers)
         _do("LiteRtRunCompiledModel", self._compiled, c_size_t(index), *inputs, *outputs)
         self.tokens += used

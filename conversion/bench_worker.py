@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
+from conversion.memory import memory
 from moe_jax.errors import UserError
 
 
@@ -37,16 +36,6 @@ class Model(Protocol):
     def write(self, ids: Sequence[int]) -> dict[str, float]:
         """Append tokens one at a time: how many `tokens`, and `seconds`."""
         ...
-
-
-def memory(pid: int | str = "self") -> dict[str, float]:
-    """Resident memory of a process in GB (1e9 bytes): the `peak` so far, and now what is its own and what of files.
-
-    Pages of a mapped file can be dropped and read again whenever memory is short; a process's own cannot.
-    """
-    found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
-    names = {"peak_rss_gb": "VmHWM", "anonymous_gb": "RssAnon", "files_gb": "RssFile"}
-    return {name: int(found[key]) * 1024 / 1e9 for name, key in names.items()}
 
 
 def main(kind: str, path: str, threads: str, last: str, flash: str = "") -> None:

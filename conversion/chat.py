@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from conversion.command_options import say
 from conversion.litert.engine import Engine, reply
 from moe_jax.data.corpus import Message
 from moe_jax.errors import UserError
@@ -52,21 +53,21 @@ def chat(
 
             experts = stack.enter_context(Experts(bundle, threads))
         if at_terminal:
-            _say(f"{bundle}, {threads} thread(s); /help lists the commands")
+            say(f"{bundle}, {threads} thread(s); /help lists the commands")
         for line in _lines(at_terminal) if prompts is None else prompts:
             if line == "/quit":
                 break
             if line == "/clear":
                 talk.clear()
             elif line.startswith("/") and " " not in line:
-                _say(_HELP)
+                say(_HELP)
             else:
                 try:
                     answer = talk.answer(line, at_terminal)
                 except UserError as error:
                     if not at_terminal:
                         raise
-                    _say(f"{error}; /clear starts another")
+                    say(f"{error}; /clear starts another")
                     continue
                 if experts and answer:
                     _show(experts, talk.history)
@@ -113,14 +114,14 @@ class _Talk(Engine):
         self.replies.append(answer)
         turn: list[Message] = [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
         if stopped:
-            _say("(stopped)")
+            say("(stopped)")
             self._begin(self.history + turn)  # a cancelled conversation answers no more
             return answer
         self.history += turn
         if measured:
             info, seconds = self._talk.get_benchmark_info(), time.perf_counter() - begun
             speed = f"{info.last_decode_tokens_per_second:.1f} tokens/s, first after {first:.2f} s"
-            _say(f"({info.last_decode_token_count} tokens in {seconds:.1f} s: {speed})")
+            say(f"({info.last_decode_token_count} tokens in {seconds:.1f} s: {speed})")
         return answer
 
 
@@ -128,10 +129,14 @@ def _show(experts: Any, history: list[Message]) -> None:
     from conversion.chat_experts import strips
 
     begun = time.perf_counter()
-    used = experts.of_answer(history)
+    try:
+        used = experts.of_answer(history)
+    except KeyboardInterrupt:
+        say("(stopped)")
+        return
     if used:
-        print(strips(used, experts.count), flush=True)
-    _say(f"({len(used)} tokens run again in {time.perf_counter() - begun:.1f} s to see their experts)")
+        say(strips(used, experts.count))
+    say(f"({len(used)} tokens run again in {time.perf_counter() - begun:.1f} s to see their experts)")
 
 
 def _lines(at_terminal: bool) -> Iterator[str]:
@@ -141,14 +146,13 @@ def _lines(at_terminal: bool) -> Iterator[str]:
     while True:
         try:
             line = input("> " if at_terminal else "").strip()
+            line.encode()
         except EOFError:
             return
+        except UnicodeError:  # in some locales it is read as halves of surrogate pairs
+            raise UserError("a line of the standard input is not UTF-8; convert it") from None
         except KeyboardInterrupt:
-            _say("\n/quit or Ctrl-D leaves")
+            say("\n/quit or Ctrl-D leaves")
             continue
         if line:
             yield line
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

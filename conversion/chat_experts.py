@@ -70,14 +70,16 @@ class Experts:
         same = next((i for i, (a, b) in enumerate(zip(asked, self._taken, strict=False)) if a != b), None)
         same = min(len(asked), len(self._taken)) if same is None else same
         self._runtime.tokens = same  # later positions are written anew before anything looks at them
+        self._taken = asked[:same]  # what an interrupt leaves of it
         self._runtime.prefill(asked[same:])
+        self._taken = asked
         answer = self._tokenizer.encode(messages[-1]["content"])[: self._room - len(asked)]
-        self._taken = [*asked, *answer]
         return [Used(self._tokenizer.decode([token]), self._decode(token)) for token in answer]
 
     def _decode(self, token: int) -> list[list[int]]:
         with self._runtime.profiled() as record:
             self._runtime.decode(token)
+        self._taken.append(token)
         ran = {self._graphs[e.graph] for e in record if e.name == "Invoke" and e.graph in self._graphs}
         return [sorted(e for at, e in ran if at == layer) for layer in range(self.layers)]
 

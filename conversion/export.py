@@ -18,14 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from conversion import weights as _weights
 from conversion.litert import FORMS, PREFILL
+from conversion.memory import memory
+from conversion.outputs import free
 from conversion.weights import Weights
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.data import corpus
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
+from moe_jax.files import AnyPath, location
 
 _MERGES = 32_768  # entries that the embedded corpus gives to the tokenizer of random weights
 Say = Callable[[str], object]
@@ -52,13 +56,11 @@ def export(
         UserError: no readable checkpoint, one without QAT, a tokenizer that is not the checkpoint's, lengths that
             cannot be, an output that exists or cannot be written; existing files stay as they were.
     """
-    begun, output = time.monotonic(), Path(output)
-    tensors = output.with_suffix(".safetensors")
-    free((output, tensors), overwrite)
+    begun, output = time.monotonic(), free(output, ".litertlm", overwrite)
+    tensors = free(output.with_suffix(".safetensors"), ".safetensors", overwrite)
     run, parameters = open_checkpoint(run_dir, step)
     group = group_of(run, run_dir, quantize_float)
-    file = Path(tokenizer or Path(run_dir) / "tokenizer.json")
-    matching_tokenizer(run_dir, run, file, step)
+    file, _ = matching_tokenizer(run_dir, run, tokenizer, step)
 
     def quantise(folder: Path) -> Weights:
         say("writing INT4 codes and scales")
@@ -66,7 +68,7 @@ def export(
         _weights.write_safetensors(arrays, run.model, group, folder / tensors.name)
         return _weights.load_safetensors(folder / tensors.name)
 
-    result = write(quantise, file, output, context or run.data.seq_len, say=say, **options)
+    result = write(quantise, run.model, file, output, context or run.data.seq_len, say=say, **options)
     return result | {"safetensors": str(tensors), "seconds": time.monotonic() - begun}
 
 
@@ -85,8 +87,7 @@ def export_random(
 
     Without `tokenizer` one is made of the embedded corpus and filled up to the model's vocabulary.
     """
-    begun, output = time.monotonic(), Path(output)
-    free((output,), overwrite)
+    begun, output = time.monotonic(), free(output, ".litertlm", overwrite)
     if tokenizer is not None:
         Tokenizer.load(tokenizer).require(config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
@@ -95,13 +96,14 @@ def export_random(
             say("learning a tokenizer")
             file.write_text(_tokenizer(config.vocab_size))
         context = context or config.max_position_embeddings
-        result = write(lambda _: _weights.random(config, seed), file, output, context, say=say, **options)
+        result = write(lambda _: _weights.random(config, seed), config, file, output, context, say=say, **options)
     return result | {"seconds": time.monotonic() - begun}
 
 
 def write(
     source: Callable[[Path], Weights],
-    tokenizer: Path,
+    config: ModelConfig,
+    tokenizer: AnyPath,
     output: Path,
     context: int,
     *,
@@ -109,13 +111,13 @@ def write(
     experts: str = "sparse",
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """Write the weights that `source` makes, with what else it leaves in the folder that it is given.
+    """Write the weights of `config` that `source` makes, with what else it leaves in the folder that it is given.
 
     `prefill` are the lengths of the prefill signatures (those beyond the context are left out; by default what of
     PREFILL is at most a quarter of it), `experts` is one of FORMS; dense ones only serve to compare speed.
     """
-    if output.suffix != ".litertlm":
-        raise UserError(f"the output is {output.name!r}; end its name in .litertlm, for LiteRT-LM")
+    if not 0 < context <= (limit := config.max_position_embeddings):
+        raise UserError(f"context {context} is not within 1 and the model's {limit} positions")
     if experts not in FORMS:
         raise UserError(f"experts is {experts!r}; choose one of {', '.join(FORMS)}")
     fitting = [n for n in prefill if n <= context] or [n for n in PREFILL if 4 * n <= context]
@@ -160,7 +162,7 @@ def write(
         "codes_checked": found.codes_checked,
         "mismatches": found.mismatches,
         "file_gb": sizes[0] / 1e9,
-        "peak_rss_gb": peak_rss_gb(),
+        "peak_rss_gb": memory()["peak_rss_gb"],
     }
 
 
@@ -236,26 +238,16 @@ def group_of(run: RunConfig, run_dir: str | Path, quantize_float: bool) -> int:
     return run.quant.weight_group_size if run.quant else 32
 
 
-def matching_tokenizer(run_dir: str | Path, run: RunConfig, file: Path, step: int | None = None) -> Tokenizer:
-    """The tokenizer in `file`, if it is the one that the run's checkpoint was trained with, else UserError."""
+def matching_tokenizer(
+    run_dir: str | Path, run: RunConfig, path: str | Path | None = None, step: int | None = None
+) -> tuple[epath.Path, Tokenizer]:
+    """File and tokenizer at `path`, by default the run's; UserError if the checkpoint was trained with another."""
     from moe_jax.train.checkpoint import Checkpoints
 
+    file = location(path or Path(run_dir) / "tokenizer.json")
     found = Tokenizer.load(file)
     found.require(run.model.vocab_size, Checkpoints(run_dir).metadata(step)["tokenizer"])
-    return found
-
-
-def peak_rss_gb() -> float:
-    """The most memory that this process held so far; getrusage would count what it was forked from as well."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
-
-
-def free(paths: Sequence[Path], overwrite: bool) -> None:
-    """UserError if one of the paths is taken, unless `overwrite`."""
-    for path in paths:
-        if path.exists() and not overwrite:
-            raise UserError(f"{path} exists; choose another output or pass --overwrite")
+    return file, found
 
 
 def _tokenizer(vocab_size: int) -> str:

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moe_jax.command_line import add_command, add_json, at_least, seed
+from conversion.command_options import add_checkpoint
+from conversion.outputs import free
+from moe_jax.command_line import add_command, add_json, seed
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.errors import UserError
 
 TYPES = ("q4_0", "f32")
 
@@ -32,11 +33,7 @@ def add_commands(commands: Any, load: Callable[[str], RunConfig]) -> None:
     )
     sub.add_argument("--random-weights", action="store_true", help="a model of these shapes, to measure with")
     sub.add_argument("--seed", type=seed, default=0, help="of random weights")
-    sub.add_argument("--step", type=at_least(0), help="this checkpoint instead of the last")
-    sub.add_argument(
-        "--tokenizer", metavar="PATH", help="default: the run's tokenizer.json, none for random weights"
-    )
-    sub.add_argument("--quantize-float", action="store_true", help="accept a run that had no QAT stage")
+    add_checkpoint(sub, ", none for random weights")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
     add_json(sub)
 
@@ -57,11 +54,11 @@ def export_run(
     """
     from conversion import export, gguf_file, weights
 
-    output = _free(output, overwrite)
+    output = free(output, ".gguf", overwrite)
     run, parameters = export.open_checkpoint(run_dir, step)
     group = export.group_of(run, run_dir, quantize_float)
-    file = Path(tokenizer or Path(run_dir) / "tokenizer.json")
-    export.matching_tokenizer(run_dir, run, file, step)
+    file, _ = export.matching_tokenizer(run_dir, run, tokenizer, step)
+    gguf_file.words(run.model, file)  # refuses before minutes of work
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         # By way of a file, because each tensor is wanted at another time than it comes.
@@ -82,17 +79,8 @@ def export_random(
     """Write random weights of any model as `output`, those that a bundle of the same seed has; see `export_run`."""
     from conversion import gguf_file, weights
 
-    return gguf_file.write_gguf(weights.random(config, seed), _free(output, overwrite), tokenizer, kind=kind)
-
-
-def _free(output: str | Path, overwrite: bool) -> Path:
-    from conversion import export
-
-    output = Path(output)
-    if output.suffix != ".gguf":
-        raise UserError(f"the output is {output.name!r}; end its name in .gguf, for llama.cpp")
-    export.free((output,), overwrite)
-    return output
+    output = free(output, ".gguf", overwrite)
+    return gguf_file.write_gguf(weights.random(config, seed), output, tokenizer, kind=kind)
 
 
 def _gguf(arguments: Any, load: Callable[[str], RunConfig]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from conversion.int4 import Int4, unpack_nibbles
 from conversion.weights import Weights
 from moe_jax.config import ModelConfig
 from moe_jax.errors import UserError
+from moe_jax.files import AnyPath
 from moe_jax.model.rope import rope_frequencies
 
 ARCHITECTURE = "exaone-moe"
@@ -33,7 +34,7 @@ _HEAD = "output.weight"  # the embedding again: the architecture knows no tied h
 
 
 def write_gguf(
-    weights: Weights, path: str | Path, tokenizer: str | Path | None = None, *, kind: str = "q4_0", name: str = ""
+    weights: Weights, path: str | Path, tokenizer: AnyPath | None = None, *, kind: str = "q4_0", name: str = ""
 ) -> dict[str, Any]:
     """Write `weights` as a GGUF file; what was written, for a report. Same weights, same bytes.
 
@@ -44,16 +45,11 @@ def write_gguf(
         UserError: a model that llama.cpp cannot compute exactly, a tokenizer it would apply otherwise, a disk that
             is full; a file that was there stays as it was.
     """
-    config, path = weights.config, Path(path)
-    if why := _inexact(config):
-        raise UserError(f"llama.cpp cannot compute this model exactly: {why}; export it to .litertlm instead")
-    words = {"tokenizer.ggml.model": "no_vocab"}
-    if tokenizer is not None:
-        words = vocabulary(tokenizer, config.vocab_size)
+    path, described = Path(path), words(weights.config, tokenizer)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _write(aside, weights, kind, name or path.stem, words)
+        _write(aside, weights, kind, name or path.stem, described)
         size = aside.stat().st_size
         aside.replace(path)
     except OSError as error:
@@ -61,6 +57,13 @@ def write_gguf(
     finally:
         aside.unlink(missing_ok=True)
     return {"file": str(path), "bytes": size, "architecture": ARCHITECTURE, "type": kind, "group": weights.group}
+
+
+def words(config: ModelConfig, tokenizer: AnyPath | None) -> dict[str, Any]:
+    """Metadata `tokenizer.*` of a file; UserError for a model or tokenizer that llama.cpp would apply otherwise."""
+    if why := _inexact(config):
+        raise UserError(f"llama.cpp cannot compute this model exactly: {why}; export it to .litertlm instead")
+    return vocabulary(tokenizer, config.vocab_size) if tokenizer else {"tokenizer.ggml.model": "no_vocab"}
 
 
 def metadata(config: ModelConfig, kind: str, name: str) -> dict[str, Any]:
@@ -164,7 +167,9 @@ def _tensors(
 
 
 def _content(weights: Weights, tensor: keymap.GgufTensor, kind: str) -> np.ndarray:
-    name = tensor.torch.name
+    name, moe = tensor.torch.name, weights.config.moe
+    if name.endswith("expert_bias") and moe and not moe.use_expert_bias:
+        return np.zeros(tensor.shape, np.float32)  # llama.cpp adds what is there
     if not tensor.torch.int4:
         return np.ascontiguousarray(weights.float(name), np.float32)
     packed, scales = (_rows(part, tensor, weights.config) for part in (weights.packed(name), weights.scales(name)))

@@ -7,12 +7,14 @@ a word that is an entry skips the merges depends on the name that asks for the r
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
+
+import tokenizers
 
 from moe_jax.data.chat import CHAT_TEMPLATE
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
+from moe_jax.files import AnyPath, location
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -22,14 +24,15 @@ _NAMES = {True: "llama-bpe", False: "smaug-bpe"}  # by ignore_merges
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
-def vocabulary(path: str | Path, vocab_size: int) -> dict[str, Any]:
+def vocabulary(path: AnyPath, vocab_size: int) -> dict[str, Any]:
     """Metadata `tokenizer.*` of a tokenizer.json for a model of `vocab_size` embeddings, the chat template with it.
 
     Raises UserError when llama.cpp would cut text otherwise, or for more entries than embeddings.
     """
     tokenizer = Tokenizer.load(path)
     tokenizer.require(vocab_size)
-    content = json.loads(Path(path).read_text("utf-8"))
+    # As the library writes it: older files lack fields that have a default by now.
+    content = json.loads(tokenizers.Tokenizer.from_str(location(path).read_text()).to_str())
     model = content["model"]
     if why := _foreign(content):
         raise UserError(f"llama.cpp cannot cut text as {path} does ({why}); use a tokenizer with Llama 3's rule")

@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 
 from moe_jax.config import SourceConfig
-from moe_jax.data.sources import iter_documents
-from moe_jax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from moe_jax.data.sources import document_text, iter_documents
+from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 
 _CHARACTERS = 40  # more than any tokenizer needs for one token of ordinary text
 
 
-def pieces(sources: Sequence[SourceConfig], tokenizer: Tokenizer, count: int, tokens: int) -> list[list[int]]:
-    """At most `count` pieces of exactly `tokens` ids, spread over the documents of the text sources.
+def pieces(sources: Sequence[SourceConfig], tokenizer: Tokenizer, most: int, tokens: int) -> list[list[int]]:
+    """At most `most` pieces of exactly `tokens` ids, one of each document before a second of any.
 
-    Each piece decodes to text that encodes to it again, and holds no name of a special token (an engine would take
-    that for the token). Raises UserError where the sources hold no such piece.
+    Of conversations the text is taken. Each piece decodes to text that encodes to it again, and holds no name of a
+    special token (an engine would take that for the token). Raises UserError where the sources hold no such piece.
     """
-    documents = [
-        document
-        for source in sources
-        if source.kind == "text"
-        for document in islice(iter_documents(source), count)
-    ]
-    found = list(islice(_pieces([str(d) for d in documents], tokenizer, tokens), count))
+    found = list(islice(_pieces(sources, tokenizer, tokens), most))
     if not found:
         raise UserError(
-            f"the held-out text has no piece of {tokens} tokens; give longer text or ask for fewer tokens"
+            f"the held-out text ({', '.join(s.path for s in sources) or 'no source'}) has no piece of {tokens} "
+            "tokens; give longer text or ask for fewer tokens"
         )
     return found
 
 
-def _pieces(documents: list[str], tokenizer: Tokenizer, tokens: int) -> Iterator[list[int]]:
-    size = tokens * _CHARACTERS
-    for start in range(0, max(map(len, documents), default=0), size):
-        for document in documents:
+def _pieces(sources: Sequence[SourceConfig], tokenizer: Tokenizer, tokens: int) -> Iterator[list[int]]:
+    size = max(tokens, 1) * _CHARACTERS
+    for start in count(0, size):
+        longest = 0
+        for document in (document_text(d) for source in sources for d in iter_documents(source)):
+            longest = max(longest, len(document))
             ids = tokenizer.encode(document[start : start + size])[:tokens]
             text = tokenizer.decode(ids)
-            special = any(token in text for token in SPECIAL_TOKENS)
+            special = any(token in text for token in tokenizer.special_texts)
             if len(ids) == tokens and not special and tokenizer.encode(text) == ids:
                 yield ids
+        if longest <= start + size:
+            return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_jax.command_line import add_command, add_json, at_least
+from conversion.command_options import add_checkpoint, options
+from moe_jax.command_line import add_command, add_json
 
 LAYOUTS = ("bf16", "int4-g32")
 _ALLOW = "round INT4 experts again where groups run along the other axis; the report says what it costs"
@@ -37,9 +38,7 @@ def add_commands(commands: Any) -> None:
     sub.add_argument("run_dir", metavar="run", help="run folder")
     sub.add_argument("folder", help="folder to write")
     sub.add_argument("--format", dest="kind", choices=LAYOUTS, default="bf16", help="default bf16")
-    sub.add_argument("--step", type=at_least(0), help="this checkpoint instead of the last")
-    sub.add_argument("--tokenizer", metavar="PATH", help="default: the run's tokenizer.json")
-    sub.add_argument("--quantize-float", action="store_true", help="accept a run that had no QAT stage as INT4")
+    add_checkpoint(sub)
     sub.add_argument("--allow-requantization", action="store_true", help=_ALLOW)
     add_json(sub)
 
@@ -47,8 +46,7 @@ def add_commands(commands: Any) -> None:
 def _import(arguments: Any) -> dict[str, Any]:
     from conversion.hf_import import import_folder
 
-    options = {"allow_requantization": arguments.allow_requantization, "stage": arguments.stage}
-    result = import_folder(arguments.folder, arguments.run_dir, **options)
+    result = import_folder(**options(arguments))
     print(f"run {result['run']}: {result['parameters']:,} parameters from {result['format']}")
     if result["unread_fields"]:
         print(f"fields of config.json that nothing here reads: {', '.join(result['unread_fields'])}")
@@ -58,9 +56,7 @@ def _import(arguments: Any) -> dict[str, Any]:
 def _export(arguments: Any) -> dict[str, Any]:
     from conversion.hf_export import export_folder
 
-    names = ("kind", "step", "tokenizer", "quantize_float", "allow_requantization")
-    options = {name: getattr(arguments, name) for name in names}
-    result = export_folder(arguments.run_dir, arguments.folder, **options)
+    result = export_folder(**options(arguments))
     print(f"folder {result['folder']}: {result['bytes'] / 1e9:.3f} GB as {result['format']}")
     return _shown(result, "rounding", "requantization")
 

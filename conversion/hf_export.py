@@ -23,6 +23,7 @@ from conversion.hf_files import DTYPES
 from conversion.hf_import import layout
 from conversion.hf_int4 import Loss, on_grid, parts, recovered
 from conversion.int4 import Int4
+from conversion.outputs import on_disk
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
@@ -44,12 +45,11 @@ def export_folder(
         UserError: no such checkpoint, a tokenizer that is not its own, a model or weights that the layout cannot
             hold, rounding that was not allowed, or a folder that is not empty. Nothing is left behind.
     """
-    run_dir, folder, int4 = Path(run_dir), Path(folder).absolute(), kind == "int4-g32"
+    folder, int4 = on_disk(folder).absolute(), kind == "int4-g32"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists; name another folder")
     run, parameters = open_checkpoint(run_dir, step)
-    file = Path(tokenizer or run_dir / "tokenizer.json")
-    found = matching_tokenizer(run_dir, run, file, step)
+    file, found = matching_tokenizer(run_dir, run, tokenizer, step)
     described = hf_config(run.model, found, int4)
     if int4:
         group_of(run, run_dir, quantize_float)

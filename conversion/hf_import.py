@@ -21,6 +21,7 @@ from conversion.hf_config import GROUP, read_config
 from conversion.hf_files import BF16, F16, F32, U8, Folder
 from conversion.hf_int4 import Loss, masters, on_grid, parts
 from conversion.int4 import Int4, unpack_nibbles
+from conversion.outputs import on_disk
 from moe_jax.config import DataConfig, ModelConfig, QuantConfig, RunConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
@@ -41,10 +42,12 @@ def import_folder(
         UserError: a field, tensor or tokenizer that is not of the layout, by its name; codes that would have to be
             rounded again without `allow_requantization`; a run folder that is not empty. Nothing is left behind.
     """
-    folder, run_dir = Path(folder), Path(run_dir).absolute()
+    folder, run_dir = Path(folder), on_disk(run_dir).absolute()
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise UserError(f"{run_dir} exists; name another run folder")
     config, int4, unread = read_config(folder / "config.json")
+    if not (folder / "tokenizer.json").exists():  # a new one could not fit the weights
+        raise UserError(f"{folder} has no tokenizer.json; download it again")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     tokenizer.require(config.vocab_size)
     files = Folder(folder)

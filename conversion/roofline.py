@@ -154,7 +154,7 @@ def config_of(bundle: str | Path) -> ModelConfig:
             if model.OperatorCodes(op.OpcodeIndex()).BuiltinCode() == schema.BuiltinOperator.TOPK_V2:
                 choices = int(graph.Tensors(op.Outputs(0)).ShapeAsNumpy()[-1])
             for tensor, shape in kernel_weights(model, graph, op):
-                if len(shape) == 3 and shape[0] > 1:
+                if tensor.Name().endswith(b".experts"):
                     (choices,) = struct.unpack_from("<I", bytes(op.CustomOptionsAsNumpy()), 4)
                     width = shape[2]
                 else:

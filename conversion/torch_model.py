@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from conversion import torch_ops
+from conversion import MASKED, torch_ops
 from conversion.weights import Weights
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.model.rope import rope_frequencies
 from moe_jax.ops import fake_quant
 
 EMBEDDING = "model.embed_tokens"
-MASKED = -1e30  # added to the scores of positions that must not be seen; finite, so 0 * it is 0
 
 
 class Ops(Protocol):

@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from conversion import heldout, keymap, readback, torch_ops
+from conversion import MASKED, heldout, keymap, readback, torch_ops
 from conversion.export import load, matching_tokenizer
 from conversion.kernel import register
 from conversion.litert.container import intact
@@ -67,7 +67,7 @@ def verify(
     from moe_jax.generate import Generator
 
     run, parameters, source = load(run_dir, step, quantize_float)
-    tokens_of = matching_tokenizer(run_dir, run, Path(tokenizer or Path(run_dir) / "tokenizer.json"), step)
+    _, tokens_of = matching_tokenizer(run_dir, run, tokenizer, step)
     parts = readback.sections(bundle)
     say("rung 1: codes and scales of the file against the checkpoint")
     found = codes_and_scales(parts.tflite, run.model, parameters, source.group, bundle)
@@ -206,16 +206,16 @@ def engine_jax(
                 asked += 1
                 agree += engine.next_token(prefix) == best
     ours, theirs = np.concatenate(ours), np.concatenate(theirs)
-    return {
+    figures = {
         "jax_nll_nats": float(-ours.mean()),
         "engine_nll_nats": float(-theirs.mean()),
         "engine_nll_diff_nats": float(abs((theirs - ours).mean())),
         "engine_token_median_abs_nats": float(np.median(np.abs(theirs - ours))),
         "engine_token_max_abs_nats": float(np.abs(theirs - ours).max()),
         "engine_tokens": len(ours),
-        "engine_top1_agreement": agree / max(asked, 1),
         "engine_top1_asked": asked,
     }
+    return figures | ({"engine_top1_agreement": agree / asked} if asked else {})
 
 
 def chat_template(engine: Engine, tokenizer: Tokenizer) -> dict[str, int]:
@@ -248,8 +248,7 @@ def _torch_logits(source: Weights, ids: Sequence[int], int8: bool) -> tuple[np.n
 
 def _step(ids: Sequence[int], start: int, length: int) -> dict[str, np.ndarray]:
     places = np.arange(start, start + len(ids), dtype=np.int32)
-    seen = np.arange(length) <= places[:, None]
-    mask = np.where(seen, 0, -1e30).astype(np.float32)[None, None]
+    mask = np.where(np.arange(length) <= places[:, None], 0, MASKED).astype(np.float32)[None, None]
     return {"tokens": np.array([ids], np.int32), "input_pos": places, "mask": mask}
 
 
@@ -259,9 +258,9 @@ def _spread(name: str, difference: np.ndarray) -> dict[str, float]:
 
 
 def broken(parity: Mapping[str, float]) -> list[str]:
-    """A sentence for each figure out of its bounds."""
+    """A sentence for each figure out of its bounds; what could not be asked for is not among them."""
     return [
         f"{name} is {parity[name]:.6g}; it must lie within {least:g} and {most:g}"
         for name, (least, most) in BOUNDS.items()
-        if not least <= parity[name] <= most
+        if name in parity and not least <= parity[name] <= most
     ]

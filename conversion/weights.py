@@ -20,7 +20,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from conversion import keymap
-from conversion.hf_int4 import masters
 from conversion.int4 import Int4, unpack_nibbles
 from moe_jax.config import ModelConfig
 from moe_jax.errors import UserError
@@ -158,14 +157,6 @@ def random(config: ModelConfig, seed: int = 0, group: int = 32) -> Weights:
     return Weights(config, group, arrays)
 
 
-def random_parameters(config: ModelConfig, seed: int = 0, group: int = 32) -> dict[str, np.ndarray]:
-    """Float32 JAX parameters whose quantisation is `random`, code for code."""
-    source = random(config, seed, group)
-    int4 = set(source.int4_names())
-    floats = {name: masters(source.int4(name)) if name in int4 else source.float(name) for name in source.names()}
-    return keymap.to_jax(floats, config)
-
-
 def _random_array(name: str, shape: tuple[int, ...], dtype: np.dtype, seed: int, group: int) -> np.ndarray:
     rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
     if name.endswith(".qweight"):
@@ -199,16 +190,13 @@ def _bfloat16(scales: np.ndarray) -> np.ndarray:
     return np.maximum(cut, np.float32(fake_quant.SMALLEST_SCALE)).astype(np.float16)
 
 
-def save_safetensors(weights: Weights, path: str | Path) -> None:
-    """Write one safetensors file with the configuration in its metadata; written aside, then renamed."""
-    arrays = ((name, weights.array(name)) for name in layout(weights.config, weights.group))
-    write_safetensors(arrays, weights.config, weights.group, path)
-
-
 def write_safetensors(
     arrays: Iterable[tuple[str, np.ndarray]], config: ModelConfig, group: int, path: str | Path
 ) -> None:
-    """`save_safetensors` of arrays that come one at a time, in any order."""
+    """Write one safetensors file of arrays that come one at a time, in any order, with the config in its metadata.
+
+    The file is written aside, then renamed.
+    """
     path = Path(path)
     described = {"format": _FORMAT, "group_size": group, "config": to_dict(config)}
     header: dict[str, Any] = {"__metadata__": {"mobilemoe": json.dumps(described, sort_keys=True)}}
@@ -233,7 +221,7 @@ def write_safetensors(
 
 
 def load_safetensors(path: str | Path) -> Weights:
-    """Open a file of `save_safetensors`; a tensor missing, added or of another shape or type is a UserError."""
+    """Open a file of `write_safetensors`; a tensor missing, added or of another shape or type is a UserError."""
     try:
         with safe_open(path, "np") as file:  # checks the header and that all of the data is there
             described = json.loads((file.metadata() or {}).get("mobilemoe", "{}"))

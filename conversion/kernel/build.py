@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -33,7 +34,8 @@ def library() -> Path:
     sources = sorted(path for path in _SOURCES.iterdir() if path.stem != "layer_main")
     command = [compiler, *_FLAGS, f"-Wl,-soname,{LIBRARY}"]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256("\0".join([*command, version]).encode())
+    # A home may be shared by machines of several kinds, and GCC's version does not tell them apart.
+    digest = hashlib.sha256("\0".join([*command, version, platform.machine()]).encode())
     for path in sources:
         digest.update(path.read_bytes())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -45,13 +45,6 @@ def pack_experts(gate_up: Int4, down: Int4) -> np.ndarray:
     return np.concatenate([pack(gate_up), pack(down)], axis=1)
 
 
-def unpack_experts(bank: np.ndarray, width: int, hidden: int) -> tuple[Int4, Int4]:
-    """gate_up [E, 2F, D] and down [E, D, F] of a bank, bit for bit; scales are one per 32 inputs."""
-    bank = bank.reshape(-1, expert_bytes(width, hidden))
-    cut = matrix_bytes(2 * hidden, width)
-    return unpack(bank[:, :cut], 2 * hidden, width), unpack(bank[:, cut:], width, hidden)
-
-
 def pack(weight: Int4) -> np.ndarray:
     """Weights [E, out, in] (E may be left out): uint8 [E, bytes of one]."""
     weight = weight if weight.codes.ndim == 3 else Int4(weight.codes[None], weight.scales[None])
@@ -70,16 +63,3 @@ def pack(weight: Int4) -> np.ndarray:
     parts = (sums.reshape(experts, groups, ROWS), halves, pack_nibbles(codes))
     flat = [np.ascontiguousarray(p).reshape(experts, groups, -1).view(np.uint8) for p in parts]
     return np.concatenate(flat, axis=2).reshape(experts, -1)
-
-
-def unpack(bank: np.ndarray, rows: int, inputs: int) -> Int4:
-    """Weights [E, rows, inputs] of [E, bytes of one], bit for bit; scales are one per 32 inputs."""
-    experts, groups, blocks = len(bank), rows // ROWS, inputs // BLOCK
-    bank = bank.reshape(experts, groups, matrix_bytes(ROWS, inputs))[..., ROWS * 4 :]
-    halves, pairs = np.split(bank, [blocks * ROWS * 2], axis=2)
-    halves = np.ascontiguousarray(halves).view(np.uint16).reshape(experts, groups, blocks, ROWS).swapaxes(2, 3)
-    scales = (halves.astype(np.uint32) << 16).view(np.float32).astype(np.float16)
-    pairs = np.ascontiguousarray(pairs).reshape(experts, groups, blocks, 4, ROWS, 4)
-    low, high = (pairs << 4).view(np.int8) >> 4, pairs.view(np.int8) >> 4
-    codes = np.stack([low, high], axis=-2).transpose(0, 1, 4, 2, 3, 5, 6)  # group, row, block, run, nibble, place
-    return Int4(codes.reshape(experts, rows, inputs), scales.reshape(experts, rows, blocks))

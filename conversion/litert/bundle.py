@@ -19,12 +19,13 @@ from litert_lm_builder.runtime.proto import llm_metadata_pb2 as _pb2
 from moe_jax.data import chat
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
+from moe_jax.files import AnyPath, location
 
 pb2: Any = _pb2  # its classes are made at run time
 
 
 def write_bundle(
-    tflite: str | Path, tokenizer: str | Path, path: str | Path, context: int, *, overwrite: bool = False
+    tflite: str | Path, tokenizer: AnyPath, path: str | Path, context: int, *, overwrite: bool = False
 ) -> None:
     """Pack `tflite` and the Hugging Face `tokenizer` (tokenizer.json) into the bundle `path`.
 
@@ -38,13 +39,15 @@ def write_bundle(
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            vocabulary = Path(folder, "tokenizer.json")  # the builder wants a file of a disk with this ending
+            vocabulary.write_bytes(location(tokenizer).read_bytes())
             metadata = Path(folder, "metadata.pb")
             metadata.write_bytes(llm_metadata(tokens, context).SerializeToString(deterministic=True))
             bundle = builder.LitertLmFileBuilder()
             bundle.add_llm_metadata(str(metadata))
-            bundle.add_hf_tokenizer(str(tokenizer))
+            bundle.add_hf_tokenizer(str(vocabulary))
             bundle.add_tflite_model(str(tflite), builder.TfLiteModelType.PREFILL_DECODE)
-            stamp = _stamp(metadata, Path(tokenizer), Path(tflite))
+            stamp = _stamp(metadata, vocabulary, Path(tflite))
             with (
                 aside.open("wb") as file,
                 mock.patch.object(builder, "populate_system_metadata", lambda given: [*given, *stamp]),
@@ -52,7 +55,8 @@ def write_bundle(
                 bundle.build(file, validate_metadata=True)
         aside.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free the disk or choose another") from error
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; free the disk or choose another") from error
     finally:
         aside.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from conversion.int4 import Int4
+from conversion.litert.experts import activated
 from conversion.litert.flatbuffer import Graph, Model
 
 
@@ -32,11 +33,7 @@ class DenseExperts:
         (experts, width), (tokens, choices) = self.shape, g.shape(ids)
         wide, split = ((tokens, experts * width), "float32"), (tokens, experts, width)
         gate, up = (g.fully_connected(x, g.int4(w), wide) for w in (self._gate, self._up))
-        if self.activation == "silu":
-            act = g.add("MUL", [gate, g.add("LOGISTIC", [gate], wide)], wide)
-        else:
-            act = g.add("GELU", [gate], wide, approximate=True)
-        h = g.add("RESHAPE", [g.add("MUL", [act, up], wide), g.const(split)], (split, "float32"))
+        h = g.add("RESHAPE", [activated(g, gate, up, self.activation), g.const(split)], (split, "float32"))
         one, zero = g.const(np.float32(1)), g.const(np.float32(0))
         kind = ((tokens, choices, experts), "float32")
         chosen = g.add("ONE_HOT", [ids, g.const(np.int32(experts)), one, zero], kind, axis=-1)

@@ -111,11 +111,6 @@ class Engine:
             info = conversation.get_benchmark_info()
             return self.tokenize(rendered), info.last_prefill_token_count
 
-    def generate(self, prompt: str, max_tokens: int = 256, **sampling: Any) -> str:
-        """The whole reply to one user message; options as `conversation`."""
-        with self.conversation(max_tokens, **sampling) as conversation:
-            return "".join(reply(conversation, prompt))
-
     def next_token(self, prefix: str) -> str:
         """The likeliest token after the start token and `prefix` (not empty), as `token_text` writes it.
 

@@ -32,7 +32,7 @@ class Experts:
     """One layer's experts in a file: weights stored once, subgraphs made once per tile size."""
 
     def __init__(self, model: Model, gate_up: Bank, down: Bank, activation: str, name: str = "experts") -> None:
-        """Codes of `gate_up` are [E, 2F, D], gate rows first, of `down` [E, D, F]; E >= 2."""
+        """Codes of `gate_up` are [E, 2F, D], gate rows first, of `down` [E, D, F]."""
         if activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"activation {activation!r} is neither silu nor gelu_tanh")
         self.model, self.activation, self.name = model, activation, name
@@ -133,11 +133,17 @@ def gated(g: Graph, gate_up: int, activation: str) -> int:
     *rows, double = g.shape(gate_up)
     half = ((*rows, double // 2), F32)
     gate, up = g.add("SPLIT", [g.const(np.int32(len(rows))), gate_up], half, half, numSplits=2)
+    return activated(g, gate, up, activation)
+
+
+def activated(g: Graph, gate: int, up: int, activation: str) -> int:
+    """act(gate) * up."""
+    kind = g.like(gate)
     if activation == "silu":
-        gate = g.add("MUL", [gate, g.add("LOGISTIC", [gate], half)], half)
+        gate = g.add("MUL", [gate, g.add("LOGISTIC", [gate], kind)], kind)
     else:
-        gate = g.add("GELU", [gate], half, approximate=True)
-    return g.add("MUL", [gate, up], half)
+        gate = g.add("GELU", [gate], kind, approximate=True)
+    return g.add("MUL", [gate, up], kind)
 
 
 def expand(g: Graph, experts: Experts, x: int, ids: int, weights: int, out: int | None = None) -> int:

@@ -27,7 +27,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from conversion.int4 import Int4, unpack_nibbles
+from conversion.int4 import Int4
 
 _ALIGN = 64  # bytes between the starts of buffers that lie behind the root
 _OFFSET_FIELD = 6  # where a buffer's vtable says where its offset is
@@ -184,7 +184,7 @@ class Model:
         """`opcode` by the schema's number."""
         for i, known in enumerate(self.t.operatorCodes):
             if (known.builtinCode, known.version) == (code, version) and (
-                custom is None or _text(known.customCode) == custom
+                custom is None or text_of(known.customCode) == custom
             ):
                 return i
         # The deprecated field is 8 bits wide; 127 says "look at builtinCode".
@@ -271,13 +271,6 @@ class Graph:
         )
         return tensor
 
-    def read_int4(self, tensor: int) -> Int4:
-        """The codes int8 [out, in] and scales float16 [out, in/group] of an INT4 tensor, bit for bit."""
-        t = self.t.tensors[tensor]
-        packed = np.asarray(self.model.t.buffers[t.buffer].data, np.uint8)
-        codes = unpack_nibbles(packed.reshape(t.shape[0], -1))
-        return Int4(codes, self.array(t.quantization.details.scales))
-
     def array(self, tensor: int) -> np.ndarray:
         """The value of a constant that is not INT4."""
         t = self.t.tensors[tensor]
@@ -354,7 +347,7 @@ class Graph:
         """
         code = source.model.t.operatorCodes[op.opcodeIndex]
         t = copy(op)
-        t.opcodeIndex = self.model.opcode_of(code.builtinCode, code.version, _text(code.customCode))
+        t.opcodeIndex = self.model.opcode_of(code.builtinCode, code.version, text_of(code.customCode))
         name = f"{label}/{BUILTIN_NAMES[code.builtinCode].lower()}"
         for i in {int(i) for i in (*op.inputs, *op.outputs)} - {-1, *known}:
             data = source.model.t.buffers[source.t.tensors[i].buffer].data
@@ -395,5 +388,6 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _text(value: Any) -> str | None:
+def text_of(value: Any) -> Any:
+    """A name of the schema, which is bytes in what was read and text in what was made."""
     return value.decode() if isinstance(value, bytes) else value

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from conversion.litert.content import Content
-from conversion.litert.flatbuffer import Graph, Kind, Model
+from conversion.litert.flatbuffer import Graph, Kind, Model, text_of
 from conversion.litert.forms import FORMS, Stock
 from conversion.torch_model import Decoder, StaticCache
 from conversion.weights import Weights
@@ -97,9 +97,6 @@ def export_tflite(
     `experts` is one of `conversion.litert.FORMS`: sparse runs the chosen ones with stock ops, kernel with those
     of `conversion.kernel`; dense computes all on all tokens, which only serves to measure what sparsity is worth.
     """
-    limit = weights.config.max_position_embeddings
-    if not 0 < context <= limit:
-        raise UserError(f"context {context} is not within 1 and the model's {limit} positions")
     if not prefill or min(prefill) < 1 or max(prefill) > context:
         raise UserError(f"prefill lengths {tuple(prefill)} must lie between 1 and context {context}")
     length = cache_length(context, prefill)
@@ -156,7 +153,7 @@ class _Stamp:
     def __init__(self, weights: Weights, parts: Model, form: type[Stock], say: Callable[[str], object]):
         self.model, self.weights = Model(), weights
         self._form = form(Content(weights, self.model, say))
-        self._parts = {_text(s.signatureKey): (parts.graphs[s.subgraphIndex], s) for s in parts.t.signatureDefs}
+        self._parts = {text_of(s.signatureKey): (parts.graphs[s.subgraphIndex], s) for s in parts.t.signatureDefs}
 
     def signature(self, g: Graph, kinds: Mapping[str, Kind]) -> None:
         """Fill the graph of one call."""
@@ -190,8 +187,8 @@ class _Stamp:
     ) -> dict[str, int]:
         """Append what of a part leads to `wanted`, by default to all its outputs: their tensors by name."""
         part, signature = self._parts[name]
-        known = {m.tensorIndex: given[_text(m.name)] for m in signature.inputs}
-        outputs = {_text(m.name): m.tensorIndex for m in signature.outputs}
+        known = {m.tensorIndex: given[text_of(m.name)] for m in signature.inputs}
+        outputs = {text_of(m.name): m.tensorIndex for m in signature.outputs}
         outputs = {n: outputs[n] for n in wanted or outputs}
         needed, ops = set(outputs.values()), []
         for op in reversed(part.ops):
@@ -199,7 +196,7 @@ class _Stamp:
                 needed |= {int(i) for i in op.inputs}
                 ops.append(op)
         for op in reversed(ops):
-            code = _text(part.model.t.operatorCodes[op.opcodeIndex].customCode)
+            code = text_of(part.model.t.operatorCodes[op.opcodeIndex].customCode)
             if code is None:
                 g.copy(op, part, known, label)
                 continue
@@ -207,6 +204,7 @@ class _Stamp:
             options["names"] = names = tuple(_at(name, layer) for name in options["names"])
             own = "/".join((label, *(name.removeprefix(_at(_FIRST, layer)) for name in names[:1])))
             outs = [int(i) for i in op.outputs]
+            known |= {int(i): g.const(part.array(i)) for i in op.inputs if int(i) not in known}  # constants
             known |= {out: g.tensor(*part.like(out), name=own) for out in outs}
             self._form.expand(g, code, options, [known[int(i)] for i in op.inputs], [known[out] for out in outs])
         return {n: known[i] for n, i in outputs.items()}
@@ -215,7 +213,3 @@ class _Stamp:
 def _at(name: str, layer: int) -> str:
     """A name of the first layer's, in another layer."""
     return name.replace(_FIRST, f"model.layers.{layer}.", 1)
-
-
-def _text(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value

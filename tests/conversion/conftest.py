@@ -11,12 +11,15 @@ import pytest
 
 from conversion import weights
 from conversion.litert import bundle, lower
+from conversion.litert.engine import Engine, reply
 from conversion.weights import Weights
 from moe_jax.config import DataConfig, ModelConfig, MoEConfig, QuantConfig, RunConfig, SourceConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.overrides import to_dict
 from moe_jax.paths import unflatten_paths
 from moe_jax.train.checkpoint import Checkpoints
+from tests.conversion.folders import parameters_of_random_weights
+from tests.object_store import bucket  # noqa: F401  (a fixture)
 
 CONTEXT, PREFILL = 64, (8,)
 ROUTED = MoEConfig(num_experts=5, num_experts_per_tok=2, expert_width=32, shared_expert_width=64)
@@ -53,6 +56,12 @@ class Exported:
         return folder / "m.litertlm"
 
 
+def answer(engine: Engine, message: str, most: int) -> str:
+    """The whole reply to one user message."""
+    with engine.conversation(most) as conversation:
+        return "".join(reply(conversation, message))
+
+
 @pytest.fixture(scope="session", params=["moe", "dense"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Random weights with a .tflite (context 64, prefill_8, decode), a byte-level tokenizer and a .litertlm."""
@@ -74,7 +83,7 @@ def run_dir(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def write_run(folder: Path, config: ModelConfig, tokenizer: Tokenizer, quant: QuantConfig | None = QAT) -> Path:
-    """A run folder with a checkpoint of `weights.random_parameters`, as the trainer writes it."""
+    """A run folder with a checkpoint of `parameters_of_random_weights`, as the trainer writes it."""
     heldout = folder / "heldout.txt"
     heldout.write_text("def add(first, second):\n    return first + second  # and on\n" * 40)
     source = (SourceConfig(str(heldout)),)
@@ -85,7 +94,7 @@ def write_run(folder: Path, config: ModelConfig, tokenizer: Tokenizer, quant: Qu
         data=DataConfig(sources=source, heldout=source, seq_len=CONTEXT),
     )
     tokenizer.save(folder / "tokenizer.json")
-    parameters = weights.random_parameters(config)
+    parameters = parameters_of_random_weights(config)
     parts = {"params": {}, "biases": {}}
     for path, value in parameters.items():
         parts["biases" if path.endswith("bias") else "params"][path] = jnp.asarray(value)

@@ -8,10 +8,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from conversion import hf_files, keymap
+from conversion import hf_files, keymap, weights
 from conversion.hf_companions import write_companions
 from conversion.hf_config import hf_config
 from conversion.hf_import import layout
+from conversion.hf_int4 import masters
 from moe_jax.config import DataConfig, ModelConfig, MoEConfig, QuantConfig, RopeConfig, RunConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.files import write_json
@@ -51,6 +52,14 @@ def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarra
         small = path.startswith("embed") or path.endswith(("bias", "scale"))
         found[path] = np.float32(0.1 if small else shape[-2] ** -0.5) * values + path.endswith("scale")
     return found
+
+
+def parameters_of_random_weights(config: ModelConfig) -> dict[str, np.ndarray]:
+    """Float32 JAX parameters whose quantisation is `weights.random`, code for code."""
+    source = weights.random(config)
+    int4 = set(source.int4_names())
+    read = {name: masters(source.int4(name)) if name in int4 else source.float(name) for name in source.names()}
+    return keymap.to_jax(read, config)
 
 
 def write_run(

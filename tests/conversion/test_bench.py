@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from conversion import bench, bench_layer, bench_profile, readback
 from conversion.bench_process import Candidate, Texts
 from conversion.bench_runtime import Runtime
-from conversion.bench_worker import memory
+from conversion.memory import memory
 from conversion.torch_model import MobileMoE, Reference
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
@@ -91,10 +92,14 @@ def test_paths_are_those_of_the_folder_that_the_command_runs_in(exported, tmp_pa
 
 
 @KINDS
-def test_a_process_that_dies_is_named(exported, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [(signal.SIGKILL, "died with status -9; free memory"), (signal.SIGILL, "-4; this machine refuses .*gguf.txt")],
+)
+def test_a_process_that_dies_is_named(exported, tmp_path, number, sentence):
     with Candidate("litert", exported.bundle, 1, str(tmp_path)) as model:
-        os.kill(model._process.pid, 9)
-        with pytest.raises(UserError, match="died with status -9"):
+        os.kill(model._process.pid, number)
+        with pytest.raises(UserError, match=sentence):
             model.ask("start", decode=1)
 
 

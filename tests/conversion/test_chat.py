@@ -79,6 +79,39 @@ def test_the_experts_shown_are_those_that_the_torch_model_chooses(exported):
     assert sum(same) >= 0.95 * len(same)  # a tie may fall the other way
 
 
+@KINDS
+def test_ctrl_c_while_experts_are_drawn_leaves_the_conversation_as_it_was(exported, monkeypatch, capsys):
+    decode, seen = Experts._decode, []
+
+    def interrupted(self, token):
+        seen.append(token)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return decode(self, token)
+
+    monkeypatch.setattr(Experts, "_decode", interrupted)
+    replies = chat(exported.bundle, ["add", "add"], show_experts=True, **QUICK)
+    said = capsys.readouterr()
+    assert len(replies) == 2 and said.err.count("(stopped)") == 1 and said.err.count("expert 0 to 4") == 1
+    assert "expert 0" not in said.out
+    monkeypatch.setattr(Experts, "_decode", decode)
+    turns = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "def add(first"}]
+    with Experts(exported.bundle, threads=1) as experts, Experts(exported.bundle, threads=1) as other:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            seen.clear()
+            patched.setattr(Experts, "_decode", interrupted)
+            experts.of_answer(turns)
+        assert experts.of_answer(turns) == other.of_answer(turns)
+
+
+@pytest.mark.parametrize("bytes_io", ["strict", "surrogateescape"])
+@KINDS
+def test_a_line_that_is_no_text_is_told(exported, monkeypatch, bytes_io):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", bytes_io))
+    with pytest.raises(UserError, match="not UTF-8"):
+        chat(exported.bundle, **QUICK)
+
+
 def test_strips_show_tokens_across_and_layers_down():
     drawn = strips([Used("a", [[0, 1], [0, 2]]), Used("b", [[1, 2], [0, 2]])], 4).splitlines()
     assert drawn[1] == "'a'          █▒▒ " and drawn[2] == "'b'          ▒▒█ "

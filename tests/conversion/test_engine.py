@@ -12,7 +12,7 @@ from conversion.torch_model import MobileMoE, Reference
 from moe_jax.data import chat
 from moe_jax.errors import UserError
 from tests.conversion import ties
-from tests.conversion.conftest import CONTEXT
+from tests.conversion.conftest import CONTEXT, answer
 
 CLOSE = 1e-5  # nats
 TEXT = "def add(first):\n    return first + 1  # and on"
@@ -72,7 +72,7 @@ def test_a_chat_reply_is_the_greedy_answer_to_the_templates_tokens(engine, expor
     prompt = [{"role": "user", "content": "add one"}]
     ids, _ = chat.render_ids(prompt, exported.tokenizer, generation_prompt=True)
     want = exported.tokenizer.decode(greedy(exported, ids.tolist(), 6))
-    assert engine.generate("add one", max_tokens=6).rstrip("\ufffd") == want.rstrip("\ufffd")
+    assert answer(engine, "add one", 6).rstrip("\ufffd") == want.rstrip("\ufffd")
 
 
 def test_a_text_beyond_the_context_is_refused(engine):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
 
 from conversion import readback, weights
+from conversion.__main__ import main
 from conversion.export import export
 from moe_jax.data import chat
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
+from moe_jax.files import location
 from tests.conversion.conftest import DENSE, write_run
 
 SMALL = dataclasses.replace(DENSE, num_layers=1)
@@ -107,3 +110,44 @@ def test_an_output_of_another_kind_and_a_folder_that_is_no_run_are_refused(run, 
         export(run, tmp_path / "m.bin")
     with pytest.raises(UserError, match="no complete checkpoint"):
         export(tmp_path, tmp_path / "m.litertlm")
+
+
+def test_a_folder_is_named_after_the_run_that_it_is_asked_of(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(run)
+    assert main(["export", ".", "--out", str(tmp_path), "--prefill", "4"]) == 0
+    assert (tmp_path / f"{run.name}.litertlm").exists()
+    for name in (".", "/", ""):
+        assert main(["export", str(run), name]) == 2
+        assert "end its name in .litertlm" in capsys.readouterr().err
+
+
+def test_a_tokenizer_file_may_have_any_name(run, tmp_path):
+    shutil.copy(run / "tokenizer.json", tmp_path / "0a1b2c")
+    digests = [
+        export(run, tmp_path / f"{i}.litertlm", prefill=(4,), tokenizer=path)["sha256"]
+        for i, path in enumerate((tmp_path / "0a1b2c", None))
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_a_run_in_a_bucket_is_exported_to_a_disk_alone(run, tmp_path, bucket, capsys):
+    for path in run.rglob("*"):
+        if path.is_file():
+            (location(f"{bucket}/run") / path.relative_to(run)).write_bytes(path.read_bytes())
+    here = export(run, tmp_path / "here.litertlm", prefill=(4,))
+    there = export(f"{bucket}/run", tmp_path / "there.litertlm", prefill=(4,))
+    assert here["sha256"] == there["sha256"]
+    gguf = [str(tmp_path / name) for name in ("here.gguf", "there.gguf")]
+    # What llama.cpp cannot compute is refused alike: the vocabulary of this tokenizer.
+    said = []
+    for source, path in zip((str(run), f"{bucket}/run"), gguf, strict=True):
+        said.append((main(["gguf", source, path]), capsys.readouterr().err.replace(source, "RUN")))
+    assert said[0][0] == said[1][0]
+    for words in (
+        ["export", str(run), f"{bucket}/m.litertlm"],
+        ["export-hf", str(run), f"{bucket}/hf"],
+        ["gguf", str(run), f"{bucket}/m.gguf"],
+        ["import", str(run), f"{bucket}/run"],
+    ):
+        assert main(words) == 2
+        assert "is in a bucket; name a place on a disk" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from conversion.int4 import Int4
+from conversion.int4 import Int4, unpack_nibbles
 from conversion.litert.flatbuffer import Model
 
 
@@ -37,9 +37,11 @@ def test_codes_and_scales_are_read_back_bit_for_bit(tmp_path, behind_root):
     linear(weight).write(tmp_path / "m.tflite", behind_root=behind_root)
     g = Model.read(tmp_path / "m.tflite").graphs[0]
     (tensor,) = [i for i in range(len(g.t.tensors)) if g.like(i)[1] == "int4"]
-    back = g.read_int4(tensor)
-    assert np.array_equal(back.codes, weight.codes)
-    assert np.array_equal(back.scales.view(np.uint16), weight.scales.view(np.uint16))
+    stored = g.t.tensors[tensor]
+    packed = np.asarray(g.model.t.buffers[stored.buffer].data, np.uint8).reshape(48, -1)
+    scales = g.array(stored.quantization.details.scales)
+    assert np.array_equal(unpack_nibbles(packed), weight.codes)
+    assert np.array_equal(scales.view(np.uint16), weight.scales.view(np.uint16))
 
 
 @pytest.mark.parametrize("behind_root", [False, True])

@@ -128,6 +128,31 @@ def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(change, why, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_bias_that_the_model_does_not_use_is_zero_in_the_file(tmp_path):
+    unused = dataclasses.replace(TINY, moe=dataclasses.replace(ROUTED, use_expert_bias=False))
+    for config in (TINY, unused):
+        write_gguf(quantised(config), tmp_path / "m.gguf")
+        found = read(tmp_path / "m.gguf")[1]["blk.0.exp_probs_b.bias"]
+        assert found.any() == (config is TINY)
+
+
+def test_what_llama_cpp_cannot_compute_is_refused_before_any_weight_is_read(tmp_path, monkeypatch):
+    config = dataclasses.replace(TINY, qk_norm=False)
+    run = write_run(tmp_path / "run", config, random_parameters(TINY), QuantConfig())
+    monkeypatch.setattr("conversion.weights.quantised", None)
+    with pytest.raises(UserError, match="no QK norm"):
+        export_run(run, tmp_path / "m.gguf")
+
+
+def test_a_tokenizer_file_of_an_older_version_is_read_with_its_defaults(tmp_path):
+    tiny_tokenizer().save(tmp_path / "tokenizer.json")
+    want = vocabulary(tmp_path / "tokenizer.json", TINY.vocab_size)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    del content["model"]["ignore_merges"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert vocabulary(tmp_path / "tokenizer.json", TINY.vocab_size) == want
+
+
 def test_the_tokenizer_goes_along_with_its_kinds_ends_and_template(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.save(tmp_path / "tokenizer.json")

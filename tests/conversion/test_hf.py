@@ -17,12 +17,12 @@ from conversion.hf_files import DTYPES, Folder
 from conversion.hf_import import import_folder
 from conversion.int4 import Int4, unpack_nibbles
 from moe_jax.config import DataConfig, OptimizerConfig, QuantConfig, RunConfig, SourceConfig
-from moe_jax.data import chat
 from moe_jax.generate import Generator
 from moe_jax.overrides import from_dict
 from moe_jax.train.checkpoint import final_step, load_parameters
 from moe_jax.train.trainer import fit
 from tests.conversion.folders import TINY, TINY_DENSE, random_parameters, tiny_tokenizer, write_published, write_run
+from tests.data.helpers import render_text
 
 IDS = np.random.default_rng(1).integers(0, 270, 100).tolist()
 
@@ -160,7 +160,7 @@ def test_the_tokenizer_cuts_and_frames_as_training_did(bf16, tmp_path):
     assert theirs.decode(ours.encode(text)) == text
     messages = [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "yes"}]
     framed = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert framed == chat.render_text(messages, True)
+    assert framed == render_text(messages, True)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos, ours.eot, ours.pad)
 
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from conversion import readback
 from conversion.int4 import Int4
 from conversion.kernel import build, register
+from conversion.litert.bank import expert_bytes, matrix_bytes
 from conversion.litert.bank import pack_experts as pack
-from conversion.litert.bank import unpack_experts as unpack
 from conversion.litert.experts import feed_forward
 from conversion.litert.flatbuffer import Graph, Model
 from conversion.litert.kernel_op import ACTIVATIONS, KernelExperts
@@ -90,13 +90,33 @@ def interpreter_of(model: Model, path: Path) -> Interpreter:
     return load(path)
 
 
+def unpack_experts(packed: np.ndarray, width: int, hidden: int) -> tuple[Int4, Int4]:
+    """gate_up [E, 2F, D] and down [E, D, F] of a bank, bit for bit; scales are one per 32 inputs."""
+    packed = packed.reshape(-1, expert_bytes(width, hidden))
+    cut = matrix_bytes(2 * hidden, width)
+    return unpack(packed[:, :cut], 2 * hidden, width), unpack(packed[:, cut:], width, hidden)
+
+
+def unpack(packed: np.ndarray, rows: int, inputs: int) -> Int4:
+    """Weights [E, rows, inputs] of [E, bytes of one]."""
+    experts, groups, blocks = len(packed), rows // 16, inputs // 32
+    packed = packed.reshape(experts, groups, matrix_bytes(16, inputs))[..., 64:]
+    halves, pairs = np.split(packed, [blocks * 32], axis=2)
+    halves = np.ascontiguousarray(halves).view(np.uint16).reshape(experts, groups, blocks, 16).swapaxes(2, 3)
+    scales = (halves.astype(np.uint32) << 16).view(np.float32).astype(np.float16)
+    pairs = np.ascontiguousarray(pairs).reshape(experts, groups, blocks, 4, 16, 4)
+    low, high = (pairs << 4).view(np.int8) >> 4, pairs.view(np.int8) >> 4
+    codes = np.stack([low, high], axis=-2).transpose(0, 1, 4, 2, 3, 5, 6)  # group, row, block, run, nibble, place
+    return Int4(codes.reshape(experts, rows, inputs), scales.reshape(experts, rows, blocks))
+
+
 @pytest.mark.parametrize("group", [32, 64])
 def test_a_bank_gives_back_codes_and_scales_bit_for_bit(group):
     rng = np.random.default_rng(group)
     scales = [2.0 ** rng.integers(-9, 0, s) for s in ((3, 128, 64 // group), (3, 64, 64 // group))]
     codes = [rng.integers(-8, 8, s, np.int8) for s in ((3, 128, 64), (3, 64, 64))]
-    bank = [Int4(c, s.astype(np.float16)) for c, s in zip(codes, scales, strict=True)]
-    for found, weight in zip(unpack(pack(*bank), 64, 64), bank, strict=True):
+    weights = [Int4(c, s.astype(np.float16)) for c, s in zip(codes, scales, strict=True)]
+    for found, weight in zip(unpack_experts(pack(*weights), 64, 64), weights, strict=True):
         assert np.array_equal(found.codes, weight.codes)
         assert np.array_equal(found.scales, np.repeat(weight.scales, group // 32, axis=-1))
 

@@ -14,7 +14,7 @@ from conversion.kernel import NAMES, build, register
 from conversion.litert import bank, container
 from conversion.litert.engine import Engine
 from tests.conversion import ties
-from tests.conversion.conftest import CONTEXT, PREFILL
+from tests.conversion.conftest import CONTEXT, PREFILL, answer
 from tests.conversion.test_engine import CLOSE
 
 pytestmark = [
@@ -47,9 +47,9 @@ def test_only_a_bundle_with_the_op_needs_the_kernel(exported, kernel_bundle):
 def test_the_engine_gives_the_references_answers(exported, kernel_bundle):
     ids = [exported.tokenizer.bos, *exported.tokenizer.encode(TEXT)]
     with Engine(exported.bundle, threads=1) as engine:
-        stock = engine.generate("add one", max_tokens=12)
+        stock = answer(engine, "add one", 12)
     with Engine(kernel_bundle, threads=1) as engine:
-        assert engine.generate("add one", max_tokens=12) == stock and stock
+        assert answer(engine, "add one", 12) == stock and stock
         got = engine.score(TEXT)
     want, _ = ties.nearest(exported.weights, ids, got, CLOSE)
     assert np.abs(got - want).max() < CLOSE

@@ -17,6 +17,7 @@ from conversion.litert.flatbuffer import Graph, Model
 from conversion.torch_model import StaticCache, _quarter_turn, swiglu
 from conversion.weights import Weights
 from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.errors import UserError
 from tests.conversion.conftest import CONTEXT, MOE, PREFILL, ROUTED
 from tests.conversion.test_kernel import built, load
 from tests.conversion.test_kernel_ops import PATHS, run_op
@@ -241,10 +242,17 @@ def test_what_does_not_fit_its_options_is_refused(tmp_path):
 # Whole models
 
 
-@pytest.mark.parametrize("fits", [True, False])
-def test_a_model_gives_the_references_likelihoods_and_what_does_not_fit_keeps_stock_ops(tmp_path, fits):
-    """24 is no multiple of the kernel's lanes."""
-    config = dataclasses.replace(MOE, head_dim=16 if fits else 24)
+def test_more_experts_than_the_kernel_has_room_for_are_refused_by_the_export():
+    for shape, choices in (((1025, 64, 32), 2), ((70, 64, 32), 65)):
+        with pytest.raises(UserError, match=f"64 of 1024 experts at most, not {choices} of {shape[0]}; export"):
+            kernel_op.KernelExperts(0, shape, "silu").options(choices)
+
+
+@pytest.mark.parametrize(("fits", "bias"), [(True, True), (False, True), (True, False)])
+def test_a_model_gives_the_references_likelihoods_and_what_does_not_fit_keeps_stock_ops(tmp_path, fits, bias):
+    """24 is no multiple of the kernel's lanes; without a bias the kernel is given a constant."""
+    moe = dataclasses.replace(ROUTED, use_expert_bias=bias)
+    config = dataclasses.replace(MOE, head_dim=16 if fits else 24, moe=moe)
     source = weights.random(config)
     lower.export_tflite(source, tmp_path / "m.tflite", CONTEXT, PREFILL, experts="kernel")
     model = Model.read(tmp_path / "m.tflite")

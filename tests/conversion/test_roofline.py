@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import configs
-from conversion import roofline
+from conversion import roofline, weights
 from conversion.phones import PHONES, find
 from moe_jax.config import ModelConfig
 from moe_jax.errors import UserError
+from tests.conversion.conftest import MOE, ROUTED
 
 PUBLISHED = [phone for phone in PHONES if phone.measured]
 
@@ -63,6 +66,12 @@ def test_a_bundle_shows_the_shapes_of_its_model(exported):
         for name in ("num_experts", "num_experts_per_tok", "expert_width", "shared_expert_width"):
             assert getattr(got.moe, name) == getattr(want.moe, name)
     assert (want.moe is None) == (got.moe is None)
+
+
+def test_one_routed_expert_in_the_kernels_form_is_told_from_a_shared_one(exported, tmp_path):
+    config = dataclasses.replace(MOE, moe=dataclasses.replace(ROUTED, num_experts=1, num_experts_per_tok=1))
+    one = dataclasses.replace(exported, weights=weights.random(config))
+    assert roofline.work(roofline.config_of(one.again(tmp_path, "kernel"))) == roofline.work(config)
 
 
 @pytest.mark.parametrize("exported", ["moe"], indirect=True)

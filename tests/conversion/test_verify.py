@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from conversion.weights import Weights
 from moe_jax.config import SourceConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
+from moe_jax.generate import Generator
 from tests.conversion.conftest import CONTEXT, MOE, write_run
 
 KINDS = pytest.mark.parametrize("exported", ["moe"], indirect=True)
@@ -164,5 +167,39 @@ def test_pieces_of_held_out_text_encode_to_themselves_and_hold_no_special_token(
     for ids in found:
         written = exported.tokenizer.decode(ids)
         assert len(ids) == 10 and exported.tokenizer.encode(written) == ids and "<|" not in written
-    with pytest.raises(UserError, match="no piece of 9999 tokens"):
+    with pytest.raises(UserError, match=r"text\.txt. has no piece of 9999 tokens"):
         heldout.pieces(sources, exported.tokenizer, 4, 9999)
+    with pytest.raises(UserError, match="no source"):
+        heldout.pieces((), exported.tokenizer, 4, 10)
+
+
+@KINDS
+def test_pieces_come_from_every_document_that_is_long_enough_and_from_conversations(exported, tmp_path):
+    long = [f"def name_{i}(first):\n    return {i}\n" * 40 for i in range(3)]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", "b", "c", *long)))
+    chats = tmp_path / "chats.jsonl"
+    turns = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for text in long]
+    chats.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    for source in (SourceConfig(str(texts)), SourceConfig(str(chats), kind="chat")):
+        found = heldout.pieces((source,), exported.tokenizer, 3, 20)
+        written = [exported.tokenizer.decode(ids) for ids in found]
+        assert ["name_0" in written[0], "name_1" in written[1], "name_2" in written[2]] == [True] * 3
+        assert len(heldout.pieces((source,), exported.tokenizer, 5, 20)) == 5  # second pieces after all first ones
+
+
+@KINDS
+def test_no_agreement_is_told_where_no_token_could_be_asked_for(run_dir, exported):
+    class Halves:  # an engine whose every token is a part of a character
+        def score(self, text):
+            return np.zeros(len(exported.tokenizer.encode(text)))
+
+        def token_text(self, token):
+            return "\ufffd"
+
+    run, parameters, _ = load(run_dir)
+    generator = Generator(run.model, parameters, run.quant)
+    ids = exported.tokenizer.encode("def add(first")
+    parity = verify.engine_jax(cast(Any, Halves()), generator, exported.tokenizer, [ids], 4)
+    assert parity["engine_top1_asked"] == 0 and "engine_top1_agreement" not in parity
+    assert not any("top1" in sentence for sentence in verify.broken(parity))

@@ -18,6 +18,7 @@ int main(int count, char** arguments) {
   if (!isa) return std::fprintf(stderr, "this processor has no path %s\n", arguments[1]), 3;
   std::ifstream in(arguments[3], std::ios::binary);
   const std::vector<char> input((std::istreambuf_iterator<char>(in)), {});
+  if (input.size() < sizeof(moe_jax::Shape) + 4) return std::fprintf(stderr, "%s is too short\n", arguments[3]), 2;
   const char* at = input.data();
   const auto take = [&](size_t size) { return std::exchange(at, at + size); };
   moe_jax::Shape shape;
@@ -33,6 +34,8 @@ int main(int count, char** arguments) {
   std::vector<float> y(tokens * width);
   const moe_jax::Call call = {tokens, x, ids, weights, bank, y.data()};
   if (!moe_jax::run_experts(*isa, shape, call, std::atoi(arguments[2]))) return 1;
-  std::ofstream(arguments[4], std::ios::binary).write(reinterpret_cast<const char*>(y.data()), 4 * y.size());
+  std::ofstream out(arguments[4], std::ios::binary);
+  out.write(reinterpret_cast<const char*>(y.data()), 4 * y.size());
+  if (!out.flush()) return std::fprintf(stderr, "cannot write %s\n", arguments[4]), 1;
   std::puts(isa->name);
 }

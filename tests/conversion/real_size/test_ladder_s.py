@@ -19,6 +19,7 @@ from conversion.kernel import build
 from conversion.litert.engine import Engine
 from moe_jax.config import QuantConfig, SourceConfig
 from moe_jax.generate import Generator
+from tests.conversion.folders import parameters_of_random_weights
 
 CONFIG = replace(SMALL, num_layers=2)
 TOKENS, TEXTS = 250, 2
@@ -38,7 +39,8 @@ def test_every_rung_holds(sections):
     path, parts = sections
     tokenizer = parts.tokenizer
     pieces = heldout.pieces((SourceConfig("stdlib:heldout"),), tokenizer, TEXTS, TOKENS)
-    parameters, source, ids = weights.random_parameters(CONFIG), weights.random(CONFIG), [tokenizer.bos, *pieces[0]]
+    parameters, source = parameters_of_random_weights(CONFIG), weights.random(CONFIG)
+    ids = [tokenizer.bos, *pieces[0]]
     parity = verify.jax_torch(parameters, source, ids) | verify.torch_tflite(source, parts.tflite, ids)
     generator = Generator(CONFIG, parameters, QuantConfig())
     with Engine(path, measured=True) as engine:

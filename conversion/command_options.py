@@ -1,0 +1,35 @@
+"""Options that several commands take, and how their values reach the command's function."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from moe_jax.command_line import at_least
+
+
+def add_checkpoint(sub: Any, without: str = "") -> None:
+    """Let the command take a checkpoint of a run; `without` adds to the help what another source has no need of."""
+    sub.add_argument("--step", type=at_least(0), help="this checkpoint instead of the last")
+    sub.add_argument("--tokenizer", metavar="PATH", help=f"default: the run's tokenizer.json{without}")
+    sub.add_argument("--quantize-float", action="store_true", help="accept a run that had no QAT stage")
+
+
+def add_threads(sub: Any, text: str = "CPU threads of the engine") -> None:
+    """Let the command take a number of threads."""
+    sub.add_argument("--threads", type=at_least(1), default=2, help=text)
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """The numbers of an option like 16,128."""
+    return tuple(map(at_least(1), text.split(",")))
+
+
+def options(arguments: Any, *left_out: str) -> dict[str, Any]:
+    """What the command's function takes: its parameters bear the names of the options."""
+    return {k: v for k, v in vars(arguments).items() if k not in ("command", "json", *left_out)}
+
+
+def say(text: str) -> None:
+    """A word on the progress, to standard error."""
+    print(text, file=sys.stderr, flush=True)
