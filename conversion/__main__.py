@@ -129,7 +129,7 @@ def _export(arguments: Any) -> dict[str, Any]:
     if (output is None) == (folder is None):
         raise UserError("say where to: either a name that ends in .litertlm or --out with a folder")
     if folder is not None:
-        output = Path(folder, f"{Path(source).absolute().name}.litertlm")
+        output = Path(folder, f"{os.path.basename(os.path.abspath(source))}.litertlm")
     if given.pop("random_weights"):
         given = {k: v for k, v in given.items() if k not in ("step", "quantize_float")}
         result = export_random(_config(source).model, output, seed=seed, **given, say=say)

@@ -26,7 +26,7 @@ class Candidate:
 
     def __init__(self, kind: str, path: str | Path, threads: int, *last: str) -> None:
         """Start to load; `kind` is litert or llama, `last` as `bench_worker.main` takes it."""
-        self.path, self.threads = path, threads
+        self.path, self.threads, self._kind = path, threads, kind
         words = [sys.executable, "-m", "conversion.bench_worker", kind, str(path), str(threads), *last]
         # The package is found however this process found it, and files from where this process stands.
         found = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -69,9 +69,8 @@ class Candidate:
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
-            mend = "free memory, or run python -m conversion chat on it to see why"
-            if status == -signal.SIGILL:
-                mend = "this machine refuses what its package was compiled to: see requirements/gguf.txt"
+            refused = status == -signal.SIGILL and self._kind == "llama"
+            mend = "see requirements/gguf.txt" if refused else "free memory, or try python -m conversion chat on it"
             raise UserError(f"the process that ran {self.path} died with status {status}; {mend}")
         reply = json.loads(line)
         if "error" in reply:

@@ -79,8 +79,8 @@ def export_random(
     """Write random weights of any model as `output`, those that a bundle of the same seed has; see `export_run`."""
     from conversion import gguf_file, weights
 
-    output = free(output, ".gguf", overwrite)
-    return gguf_file.write_gguf(weights.random(config, seed), output, tokenizer, kind=kind)
+    path = free(output, ".gguf", overwrite)
+    return gguf_file.write_gguf(weights.random(config, seed), path, tokenizer, kind=kind)
 
 
 def _gguf(arguments: Any, load: Callable[[str], RunConfig]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import count, islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from moe_jax.config import SourceConfig
 from moe_jax.data.sources import document_text, iter_documents
@@ -19,7 +19,7 @@ def pieces(sources: Sequence[SourceConfig], tokenizer: Tokenizer, most: int, tok
     Of conversations the text is taken. Each piece decodes to text that encodes to it again, and holds no name of a
     special token (an engine would take that for the token). Raises UserError where the sources hold no such piece.
     """
-    found = list(islice(_pieces(sources, tokenizer, tokens), most))
+    found = list(islice(_pieces(sources, tokenizer, most, tokens), most))
     if not found:
         raise UserError(
             f"the held-out text ({', '.join(s.path for s in sources) or 'no source'}) has no piece of {tokens} "
@@ -28,16 +28,17 @@ def pieces(sources: Sequence[SourceConfig], tokenizer: Tokenizer, most: int, tok
     return found
 
 
-def _pieces(sources: Sequence[SourceConfig], tokenizer: Tokenizer, tokens: int) -> Iterator[list[int]]:
+def _pieces(sources: Sequence[SourceConfig], tokenizer: Tokenizer, most: int, tokens: int) -> Iterator[list[int]]:
     size = max(tokens, 1) * _CHARACTERS
-    for start in count(0, size):
-        longest = 0
-        for document in (document_text(d) for source in sources for d in iter_documents(source)):
-            longest = max(longest, len(document))
-            ids = tokenizer.encode(document[start : start + size])[:tokens]
+    documents: Iterable[str] = (document_text(d) for source in sources for d in iter_documents(source))
+    while documents:
+        rests = []  # read once: a source may be large, or far away
+        for document in documents:
+            ids = tokenizer.encode(document[:size])[:tokens]
             text = tokenizer.decode(ids)
-            special = any(token in text for token in tokenizer.special_texts)
-            if len(ids) == tokens and not special and tokenizer.encode(text) == ids:
+            sound = len(ids) == tokens and tokenizer.encode(text) == ids
+            if sound and not any(name in text for name in tokenizer.special_texts):
                 yield ids
-        if longest <= start + size:
-            return
+            if rest := document[size : most * size]:
+                rests.append(rest)
+        documents = rests

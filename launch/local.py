@@ -23,16 +23,17 @@ from typing import Any
 import configs
 from launch.processes import Ended, Processes, python, say
 from launch.record import environment_of_interest, job_record, write_record
+from launch.status import holder
 from moe_jax.command_line import add_command
 from moe_jax.config import RunConfig
 from moe_jax.errors import INTERRUPTED, MISTAKEN, PREEMPTED, UserError
 from moe_jax.files import is_remote, location
-from moe_jax.run_lock import require_free
 from moe_jax.train.catalogue import complete_steps
 
 _SAVE_SECONDS = 900.0  # from a notice to the end: a checkpoint of the current step must fit
 _TOGETHER_SECONDS = 120.0  # between the orderly ends of the first process and the last
 _LAST_WORDS_SECONDS = 1.0  # for what the peers of a failed process still say; it may be the true cause
+_FREED_SECONDS = 10.0
 _LONGEST_PAUSE = 30.0
 _OURS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -101,12 +102,23 @@ def run_local(job: LocalJob) -> int:
 
     stages = job.stages
     for cfg, folder in stages:
-        if not is_remote(folder):
-            require_free(folder)
         changed_options(cfg, folder, job.new_data)
+        _await_free(folder)
     record = job_record("local", dataclasses.asdict(job), job.config, job.overrides)
     write_record(job.root, record)
     return _Supervisor(job, stages).run()
+
+
+def _await_free(folder: Any) -> None:
+    """UserError where a run of this machine holds the folder, whose record is not to be overwritten.
+
+    A trainer that was killed holds it until its memory is freed.
+    """
+    deadline = time.monotonic() + _FREED_SECONDS
+    while (holding := holder(folder)).endswith(f" on {socket.gethostname()}"):
+        if is_remote(folder) or time.monotonic() > deadline:
+            raise UserError(f"{folder} is in use by {holding}; wait for it or stop it")
+        time.sleep(0.5)
 
 
 @dataclass
@@ -186,7 +198,8 @@ class _Supervisor:
                 return 0
             return PREEMPTED if self._told else None
         if blame.status == MISTAKEN:
-            print(outcome.error or f"error: {blame.how}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody may be there to read it
+                print(outcome.error or f"error: {blame.how}", file=sys.stderr, flush=True)
             return MISTAKEN
         if not self._told:
             return None

@@ -57,7 +57,7 @@ def chip_hours(cfg: RunConfig, tokens_per_second_per_chip: float) -> float:
 
 
 def launch_job(job: Job, submit: bool, check_fit: CheckFit | None = None) -> int:
-    """Print a job, after it is found to fit; with `submit` also record and start it. The tool's exit status.
+    """Print a job, after it is found to fit; with `submit` also start and record it. The tool's exit status.
 
     Raises:
         UserError: the config is mistyped, the job does not fit, or the tool is missing.
@@ -84,9 +84,10 @@ def launch_job(job: Job, submit: bool, check_fit: CheckFit | None = None) -> int
         raise UserError(
             f"{launcher.tool} is not on PATH; install it, or leave --submit out and take what is printed"
         )
+    record = job_record(job.launcher, job.to_dict(), job.config, job.overrides)
     status = launcher.submit(job)
     if status == 0:  # the record of a job that runs must not give way to one that was refused
-        write_record(job.run, job_record(job.launcher, job.to_dict(), job.config, job.overrides))
+        write_record(job.run, record)
     return status
 
 

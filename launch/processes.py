@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any, NamedTuple
+
+from moe_jax.command_line import drop_output
 
 # In the child before its program: SIGKILL when the parent dies (PR_SET_PDEATHSIG), and now if it has died already.
 # A program of its own, as code between fork and exec may deadlock where threads run.
@@ -108,7 +111,11 @@ def say(text: str) -> None:
     A full disk, or a reader that has gone, must not end the training, its restarts, or the reading of its pipe.
     """
     with _PRINTING, contextlib.suppress(OSError, ValueError):
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):
+                drop_output()
 
 
 def _open_log(folder: Path | None, index: int, attempt: int) -> IO[bytes] | None:

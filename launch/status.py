@@ -5,6 +5,7 @@ Everything is read from the run folder, on a disk or in a bucket; nothing is wri
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -30,7 +31,16 @@ _STALE_SECONDS = 120.0  # a sign of life older than this is none
 _WATCH_SECONDS = 5.0
 _ENDS = {"preempted": "preempted", "hung": "hung", "bad_step": "bad step", "end": "ended"}
 _FIRST, _SAME = "first", "same process"
-_FAULTS = ("damaged", "bad_step", "rolled_back", "preempted", "hung", "config_changed", "data_changed")
+_FAULTS = (
+    "damaged",
+    "bad_step",
+    "rolled_back",
+    "preempted",
+    "hung",
+    "config_changed",
+    "data_changed",
+    "model_changed",
+)
 
 
 def run_status(run: str, verify: bool = False) -> dict[str, Any]:
@@ -191,7 +201,7 @@ def _open_files(process: int) -> Iterator[str]:
 def _json(path: epath.Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -312,6 +322,11 @@ def add_status_command(commands: Any) -> None:
 
 
 def _command(arguments: Any) -> None:
+    with contextlib.suppress(KeyboardInterrupt) if arguments.watch else contextlib.nullcontext():
+        _show(arguments)
+
+
+def _show(arguments: Any) -> None:
     while True:
         status = run_status(arguments.run, arguments.verify)
         if arguments.json:

@@ -103,6 +103,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     return arguments
 
 
+def drop_output() -> None:
+    """Write what comes and what is buffered to nowhere; else the interpreter's end would try once more and fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
     """Call a command; its exit status.
 
@@ -111,23 +116,26 @@ def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
     """
     try:
         status = command(arguments) or 0
-        sys.stdout.flush()
+        if status == 0 and sys.stdout:  # a daemon may have none
+            sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader, `head` say, has what it wants
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor can what is left be flushed at the end
-        return 141  # what a shell calls an end by SIGPIPE
+        said, status = "interrupted", INTERRUPTED
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, `head` say, has what it wants
+            drop_output()
+            return 141  # what a shell calls an end by SIGPIPE
+        raise
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        said, status = f"error: {error}", MISTAKEN
     except Preempted as notice:
-        print(f"preempted: {notice}", file=sys.stderr, flush=True)
-        return PREEMPTED
+        said, status = f"preempted: {notice}", PREEMPTED
     except OSError as error:
         if error.errno not in _MENDABLE:
             raise
-        mend = _MENDABLE[error.errno]
-        said = ": ".join(filter(None, (error.filename2 or error.filename, error.strerror)))
-        print(f"error: {said}; {mend}", file=sys.stderr, flush=True)
-    return MISTAKEN
+        where = ": ".join(filter(None, (error.filename2 or error.filename, error.strerror)))
+        said, status = f"error: {where}; {_MENDABLE[error.errno]}", MISTAKEN
+    print(said, file=sys.stderr, flush=True)
+    return status

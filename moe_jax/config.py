@@ -143,7 +143,11 @@ class ModelConfig:
 
     def dropless(self) -> ModelConfig:
         """The same model where no expert is ever full: in use, a token's answer must not hang on its neighbours."""
-        return self if self.moe is None else replace(self, moe=replace(self.moe, dispatch="dropless"))
+        return (
+            self
+            if self.moe is None
+            else replace(self, moe=replace(self.moe, dispatch="dropless", buffer_factor=0.0))
+        )
 
     @property
     def output_init_scale(self) -> float:

@@ -39,15 +39,6 @@ def exclusive(run_dir: AnyPath) -> Iterator[Callable[[], None]]:
         yield check
 
 
-def require_free(run_dir: Path) -> None:
-    """UserError where another holds a folder of a disk, left alone; of a bucket only `exclusive` can tell."""
-    with contextlib.suppress(FileNotFoundError), (run_dir / _NAME).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _in_use(run_dir, file.read().strip()) from None
-
-
 def _myself() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 

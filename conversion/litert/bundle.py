@@ -41,6 +41,8 @@ def write_bundle(
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             vocabulary = Path(folder, "tokenizer.json")  # the builder wants a file of a disk with this ending
             vocabulary.write_bytes(location(tokenizer).read_bytes())
+            if tokens.cuts:  # an engine would do as the file says, as training did not
+                tokens.save(vocabulary)
             metadata = Path(folder, "metadata.pb")
             metadata.write_bytes(llm_metadata(tokens, context).SerializeToString(deterministic=True))
             bundle = builder.LitertLmFileBuilder()

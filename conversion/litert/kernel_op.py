@@ -40,10 +40,7 @@ class KernelExperts:
         """What an op is told of these experts and of how many of them a token takes."""
         experts, *widths = self.shape
         if experts > MOST_EXPERTS or choices > MOST_CHOICES:
-            raise UserError(
-                f"the kernel takes {MOST_CHOICES} of {MOST_EXPERTS} experts at most, not {choices} of {experts}; "
-                "export with --experts sparse"
-            )
+            raise UserError(f"the kernel has no room for {choices} of {experts} experts; take --experts sparse")
         return experts, choices, *widths, self.activation
 
     def expand(self, g: Graph, x: int, ids: int, weights: int, out: int | None = None) -> int:

@@ -57,12 +57,13 @@ def layout_text(lengths: np.ndarray, order: np.ndarray, S: int) -> Layout:
     """
     starts = _starts(lengths[order])
     total, rows, last = int(starts[-1]), [np.zeros(1, np.int64)], 0
-    size, ahead = S, 1  # of the row that begins at `last`, and how many after it are looked up at once
+    size, ahead = S, 1  # tokens of the row that begins at `last`, and how many rows after it are looked up at once
     while last + size < total:
-        # As long as rows begin within a document, each holds S - 1 tokens of the text.
-        guess = np.arange(last + size, min(last + size + ahead * (S - 1), total), S - 1)
+        # Rows are guessed to go on as this one does: S tokens where it begins a document, S - 1 behind a BOS.
+        guess = np.arange(last + size, min(last + ahead * size + 1, total), size)
         begins = starts[np.searchsorted(starts, guess)] == guess
-        sure = int(begins.argmax()) + 1 if begins.any() else len(guess)
+        wrong = begins != (size == S)
+        sure = int(wrong.argmax()) + 1 if wrong.any() else len(guess)
         rows.append(guess[:sure])
         last, size, ahead = int(guess[sure - 1]), S - 1 + int(begins[sure - 1]), min(2 * sure, _LOOK_AHEAD)
     return Layout(order, starts, np.concatenate([*rows, [total]]))

@@ -37,12 +37,14 @@ _PROBE = "def f(x):\n\treturn  'é 漢字 🙂' # 1234\r\n"
 class Tokenizer:
     """A loaded tokenizer with the ids of its special tokens: pad, bos, end, header_start, header_end, eot.
 
-    `special_texts` are the names of all special tokens of the file, which may have more.
+    `special_texts` are the names of all special tokens of the file, which may have more. `cuts` says that the file
+    asks to cut or fill texts; here that is never done, and it is not part of what `save` writes.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, name: str = "the tokenizer") -> None:
         backend.encode_special_tokens = True  # special-token text in a document stays text
-        backend.no_truncation()  # a file that transformers saved may hold both, and would cut and fill documents
+        self.cuts = bool(backend.truncation or backend.padding)  # as a file that transformers saved may say
+        backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         ids = {token: found for token in SPECIAL_TOKENS if (found := backend.token_to_id(token)) is not None}

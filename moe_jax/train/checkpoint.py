@@ -144,17 +144,6 @@ class Checkpoints:
             )
         return None
 
-    def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """(state on the shardings of `abstract`, stored JSON) of `step`, the last complete one for None.
-
-        Raises:
-            UserError: no such checkpoint, damaged, foreign, or leaves that are missing or of another shape.
-        """
-        path = checkpoint_path(self.run_dir, step)
-        verify(path)
-        metadata, shapes = describe(path)
-        return restore_arrays(path, abstract, shapes), metadata
-
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """The stored JSON alone: config, data position, tokenizer hash."""
         return describe(checkpoint_path(self.run_dir, step))[0]

@@ -32,8 +32,9 @@ _MAY_CHANGE = (
 )  # fmt: skip
 # Options of the model that change what training does with it, not what it computes.
 _ONLY_TRAINED_WITH = (
-    "model.init_scale", "model.max_position_embeddings", "model.moe.dispatch", "model.moe.capacity_factor",
-    "model.moe.buffer_factor", "model.moe.bias_update_rate", "model.moe.router_z_loss", "model.moe.aux_loss",
+    "model.init_scale", "model.max_position_embeddings", "model.ffn_width", "model.moe.dispatch",
+    "model.moe.capacity_factor", "model.moe.buffer_factor", "model.moe.bias_update_rate",
+    "model.moe.router_z_loss", "model.moe.aux_loss",
 )  # fmt: skip
 _DATA = ("data.sources", "data.max_bytes")  # and these where the user says so
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")

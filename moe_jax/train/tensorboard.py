@@ -6,9 +6,9 @@ protocol buffers only the few wire types of scalars are needed.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import struct
+import sys
 import time
 
 from etils import epath
@@ -60,10 +60,12 @@ class EventFile:
         """Whether the file was put; curves are no record, and the next put holds what this one lost."""
         assert isinstance(self._file, io.BytesIO)
         self._put = time.monotonic()
-        with contextlib.suppress(Exception):  # what gcsfs raises is of many kinds
+        try:
             write_bytes(self._path, self._file.getvalue())
-            return True
-        return False
+        except Exception as error:  # what gcsfs raises is of many kinds
+            print(f"TensorBoard's curves were not put ({error}); tried again in a minute", file=sys.stderr)
+            return False
+        return True
 
     def _write(self, fields: bytes) -> None:
         event = b"\x09" + struct.pack("<d", time.time()) + fields

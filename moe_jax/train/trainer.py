@@ -80,7 +80,7 @@ def fit(
     prints = {"data": data.get_state()["fingerprint"], "heldout": [rows.fingerprint for rows in heldout]}
     _require_same_everywhere(cfg, tokenizer=tokenizer.fingerprint, **prints)
     with contextlib.ExitStack() as stack:
-        still_ours = stack.enter_context(exclusive(run_dir)) if is_first() else _nothing
+        still_ours = stack.enter_context(exclusive(run_dir)) if is_first() else lambda: None
         history = stack.enter_context(History(run_dir))
         dump = None if is_remote(run_dir) else Path(run_dir) / f"hang-{jax.process_index()}.txt"
         stop = stack.enter_context(stop or StopRequest())
@@ -89,10 +89,6 @@ def fit(
             cfg, run_dir, mesh, tokenizer, data, heldout, history, goodput, stop, dog, still_ours, new_data
         ).run(changes)
     return run_dir
-
-
-def _nothing() -> None:
-    """What a process without the lease has to check."""
 
 
 def _require_same_everywhere(cfg: RunConfig, **fingerprints: Any) -> None:
@@ -334,7 +330,7 @@ class _Trainer:
             self.dog.beat(step, "compiling", _COMPILE_MINUTES)
             self.eval_step = make_eval_step(replace(self.cfg, model=self.cfg.model.dropless()), self.mesh)
         nats = tokens = 0.0
-        # Of the step's size: what a microbatch needs is what is known to fit.
+        # Of a microbatch's size: that much fits with a backward pass.
         parts = self.cfg.gradient_accumulation
         batches = heldout_batches(self.heldout, self.cfg.data.global_batch_size // parts)
         for batch in itertools.islice(batches, parts * self.cfg.checkpoint.heldout_batches):

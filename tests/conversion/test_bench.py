@@ -93,11 +93,16 @@ def test_paths_are_those_of_the_folder_that_the_command_runs_in(exported, tmp_pa
 
 @KINDS
 @pytest.mark.parametrize(
-    ("number", "sentence"),
-    [(signal.SIGKILL, "died with status -9; free memory"), (signal.SIGILL, "-4; this machine refuses .*gguf.txt")],
+    ("kind", "number", "sentence"),
+    [
+        ("litert", signal.SIGKILL, "died with status -9; free memory"),
+        ("litert", signal.SIGILL, "died with status -4; free memory"),
+        ("llama", signal.SIGILL, "died with status -4; see requirements/gguf.txt"),
+    ],
 )
-def test_a_process_that_dies_is_named(exported, tmp_path, number, sentence):
+def test_a_process_that_dies_is_named(exported, tmp_path, kind, number, sentence):
     with Candidate("litert", exported.bundle, 1, str(tmp_path)) as model:
+        model._kind = kind
         os.kill(model._process.pid, number)
         with pytest.raises(UserError, match=sentence):
             model.ask("start", decode=1)

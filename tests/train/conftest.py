@@ -6,6 +6,7 @@ import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -14,6 +15,8 @@ from moe_jax.config import DataConfig, ModelConfig, MoEConfig, RunConfig, Source
 from moe_jax.data.commands import build_tokenizer
 from moe_jax.files import write_json
 from moe_jax.overrides import apply, to_dict
+from moe_jax.train.checkpoint import checkpoint_path, verify
+from moe_jax.train.stored import describe, restore_arrays
 from moe_jax.train.trainer import fit
 
 WORDS = ("alpha", "beta", "gamma", "delta", "def", "return", "import", "class", "for", "x", "y", "1")
@@ -38,6 +41,14 @@ class Tiny:
 def write_corpus(path: Path, seed: int) -> None:
     rng = random.Random(seed)
     path.write_text("\n\n".join(" ".join(rng.choices(WORDS, k=200)) for _ in range(40)))
+
+
+def restore(run: Path, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """(state, stored JSON) of a checkpoint of a run, the last one for None."""
+    path = checkpoint_path(run, step)
+    verify(path)
+    metadata, shapes = describe(path)
+    return restore_arrays(path, abstract, shapes), metadata
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from moe_jax.train import checkpoint
 from moe_jax.train.checkpoint import Checkpoints, complete_steps, final_step, health, load_parameters
 from moe_jax.train.checksums import Record, digest, file_sizes, write_record
 from moe_jax.train.state import abstract_state, init_state
+from tests.train.conftest import restore
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_every_leaf_returns_bit_for_bit_and_the_donated_state_is_safe(tiny, stat
     add = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     jax.block_until_ready(add(copy.params))  # what the next step does while the save is under way
     checkpoints.wait()
-    restored, metadata = checkpoints.restore(abstract_state(tiny.cfg, single_device_mesh()))
+    restored, metadata = restore(tmp_path, abstract_state(tiny.cfg, single_device_mesh()))
     for got, want in zip(jax.tree.leaves(restored.params), kept, strict=True):
         np.testing.assert_array_equal(got, want)
     assert jax.random.key_data(restored.rng).tolist() == jax.random.key_data(state.rng).tolist()
@@ -109,7 +110,7 @@ def test_leaves_that_do_not_fit_are_named(tiny, run, override, names):
     abstract = abstract_state(tiny.variant(override), single_device_mesh())
     before = files(run)
     with pytest.raises(UserError) as caught:
-        Checkpoints(run).restore(abstract)
+        restore(run, abstract)
     assert all(name in str(caught.value) for name in names)
     assert files(run) == before
 
@@ -227,7 +228,7 @@ def test_a_save_that_fails_in_the_background_is_an_error_and_the_last_good_one_s
     assert "the last good one is step 1" in message and message.count("\n") == 1
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
     assert complete_steps(tmp_path) == [1]
-    checkpoints.restore(abstract_state(tiny.cfg, single_device_mesh()))
+    restore(tmp_path, abstract_state(tiny.cfg, single_device_mesh()))
     checkpoints.save(3, state, {"config": to_dict(tiny.cfg), "data": {}})  # room again: what was left behind goes
     checkpoints.wait()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]

@@ -16,9 +16,10 @@ import numpy as np
 from moe_jax.files import read_lines
 from moe_jax.parallel.mesh import single_device_mesh
 from moe_jax.train import trainer
-from moe_jax.train.checkpoint import Checkpoints, complete_steps, load_parameters
+from moe_jax.train.checkpoint import complete_steps, load_parameters
 from moe_jax.train.metrics import Metrics, read_metrics
 from moe_jax.train.state import abstract_state
+from tests.train.conftest import restore
 
 
 def losses(run: Path) -> list[tuple[int, float, float]]:
@@ -31,7 +32,7 @@ def starts(run: Path) -> list[int]:
 
 def final_bytes(tiny, run: Path) -> list[bytes]:
     """Every leaf of the last checkpoint: parameters, biases, moments, PRNG, step."""
-    state, _ = Checkpoints(run).restore(abstract_state(tiny.cfg, single_device_mesh()))
+    state, _ = restore(run, abstract_state(tiny.cfg, single_device_mesh()))
     state.rng = jax.random.key_data(state.rng)
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 

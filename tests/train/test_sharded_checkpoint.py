@@ -14,9 +14,10 @@ import jax
 import pytest
 
 from moe_jax.config import MeshConfig
-from moe_jax.train.checkpoint import Checkpoints, complete_steps, health
+from moe_jax.train.checkpoint import complete_steps, health
 from moe_jax.train.state import abstract_state
 from tests.tiny import mesh_of, run_config
+from tests.train.conftest import restore
 from tests.train.sharded import digests
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ def test_two_processes_restore_every_leaf_on_another_mesh(story):
 @pytest.mark.parametrize("sizes", [MeshConfig(1, 1, 1), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)])
 def test_one_process_restores_every_leaf_of_two(story, sizes):
     run, told = story
-    restored, _ = Checkpoints(run).restore(abstract_state(run_config(mesh=sizes), mesh_of(sizes)), 1)
+    restored, _ = restore(run, abstract_state(run_config(mesh=sizes), mesh_of(sizes)), 1)
     assert jax.process_count() == 1 and digests(restored) == told[0]["saved 1"]["digests"]
 
 
