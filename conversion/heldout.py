@@ -39,6 +39,6 @@ def _pieces(sources: Sequence[SourceConfig], tokenizer: Tokenizer, most: int, to
             sound = len(ids) == tokens and tokenizer.encode(text) == ids
             if sound and not any(name in text for name in tokenizer.special_texts):
                 yield ids
-            if rest := document[size : most * size]:
+            if rest := document[size : 4 * most * size]:  # a place may cut a character or a token
                 rests.append(rest)
         documents = rests

@@ -6,6 +6,7 @@ import argparse
 import errno
 import math
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -122,12 +123,11 @@ def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
     except KeyboardInterrupt:
         said, status = "interrupted", INTERRUPTED
     except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader, `head` say, has what it wants
-            drop_output()
-            return 141  # what a shell calls an end by SIGPIPE
-        raise
+        (poll := select.poll()).register(sys.stdout, 0)
+        if not poll.poll(0):
+            raise
+        drop_output()  # its reader, `head` say, has what it wants
+        return 141  # what a shell calls an end by SIGPIPE
     except UserError as error:
         said, status = f"error: {error}", MISTAKEN
     except Preempted as notice:

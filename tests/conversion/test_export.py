@@ -7,6 +7,7 @@ import hashlib
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from moe_jax.data import chat
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import location
-from tests.conversion.conftest import DENSE, write_run
+from tests.conversion.conftest import DENSE, MOE, write_run
 
 SMALL = dataclasses.replace(DENSE, num_layers=1)
 
@@ -37,22 +38,27 @@ def float_run(tokenizer, tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("float"), SMALL, tokenizer, quant=None)
 
 
-def test_a_run_becomes_a_bundle_and_a_safetensors_file_beside_it(run, tmp_path):
-    said = []
-    result = export(run, tmp_path / "made" / "m.litertlm", prefill=(4, 4096), say=said.append)
-    parts = readback.sections(tmp_path / "made" / "m.litertlm")
-    assert parts.metadata.max_num_tokens == result["context"] == 64 and result["prefill"] == [4]
+@pytest.fixture(scope="module")
+def made(run, tmp_path_factory) -> dict[str, Any]:
+    said: list[str] = []
+    output = tmp_path_factory.mktemp("exported") / "made" / "m.litertlm"
+    return export(run, output, prefill=(4, 4096), say=said.append) | {"said": said, "folder": output.parent}
+
+
+def test_a_run_becomes_a_bundle_and_a_safetensors_file_beside_it(run, made):
+    parts = readback.sections(made["folder"] / "m.litertlm")
+    assert parts.metadata.max_num_tokens == made["context"] == 64 and made["prefill"] == [4]
     assert parts.metadata.jinja_prompt_template == chat.CHAT_TEMPLATE
     assert parts.tokenizer.fingerprint == Tokenizer.load(run / "tokenizer.json").fingerprint
-    assert {p.name for p in (tmp_path / "made").iterdir()} == {"m.litertlm", "m.safetensors"}
-    saved, want = (weights.load_safetensors(tmp_path / "made" / "m.safetensors"), weights.random(SMALL))
+    assert {p.name for p in made["folder"].iterdir()} == {"m.litertlm", "m.safetensors"}
+    saved, want = (weights.load_safetensors(made["folder"] / "m.safetensors"), weights.random(SMALL))
     for name in want.int4_names():
         assert (saved.packed(name) == want.packed(name)).all()
-    assert len(said) == 4
-    assert result["mismatches"] == 0 and result["codes_checked"] == sum(
+    assert len(made["said"]) == 4
+    assert made["mismatches"] == 0 and made["codes_checked"] == sum(
         want.int4(n).codes.size for n in want.int4_names()
     )
-    assert result["sha256"] == hashlib.sha256((tmp_path / "made" / "m.litertlm").read_bytes()).hexdigest()
+    assert made["sha256"] == hashlib.sha256((made["folder"] / "m.litertlm").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", ["m.litertlm", "m.safetensors"])
@@ -113,32 +119,35 @@ def test_an_output_of_another_kind_and_a_folder_that_is_no_run_are_refused(run, 
 
 
 def test_a_folder_is_named_after_the_run_that_it_is_asked_of(run, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("conversion.export.export", lambda source, output, **_: asked.append(str(output)) or {})
     monkeypatch.chdir(run)
-    assert main(["export", ".", "--out", str(tmp_path), "--prefill", "4"]) == 0
-    assert (tmp_path / f"{run.name}.litertlm").exists()
+    for source in (".", str(run), f"../{run.name}/"):
+        assert main(["export", source, "--out", "bundles"]) == 0
+    assert asked == [f"bundles/{run.name}.litertlm"] * 3
+    monkeypatch.undo()
     for name in (".", "/", ""):
         assert main(["export", str(run), name]) == 2
         assert "end its name in .litertlm" in capsys.readouterr().err
 
 
-def test_a_tokenizer_file_may_have_any_name(run, tmp_path):
+def test_a_tokenizer_file_may_have_any_name(run, made, tmp_path):
     shutil.copy(run / "tokenizer.json", tmp_path / "0a1b2c")
-    digests = [
-        export(run, tmp_path / f"{i}.litertlm", prefill=(4,), tokenizer=path)["sha256"]
-        for i, path in enumerate((tmp_path / "0a1b2c", None))
-    ]
-    assert digests[0] == digests[1]
+    again = export(run, tmp_path / "m.litertlm", prefill=(4,), tokenizer=tmp_path / "0a1b2c")
+    assert again["sha256"] == made["sha256"]
 
 
-def test_a_run_in_a_bucket_is_exported_to_a_disk_alone(run, tmp_path, bucket, capsys):
-    for path in run.rglob("*"):
-        if path.is_file():
-            (location(f"{bucket}/run") / path.relative_to(run)).write_bytes(path.read_bytes())
-    here = export(run, tmp_path / "here.litertlm", prefill=(4,))
-    there = export(f"{bucket}/run", tmp_path / "there.litertlm", prefill=(4,))
-    assert here["sha256"] == there["sha256"]
+def test_a_run_in_a_bucket_is_exported_to_a_disk_alone(run, made, tokenizer, tmp_path, bucket, capsys):
+    (tmp_path / "sparse").mkdir()
+    sparse = write_run(tmp_path / "sparse", dataclasses.replace(MOE, num_layers=1), tokenizer)
+    for folder, name in ((run, "dense"), (sparse, "sparse")):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                (location(f"{bucket}/{name}") / path.relative_to(folder)).write_bytes(path.read_bytes())
+    there = export(f"{bucket}/dense", tmp_path / "there.litertlm", prefill=(4,))
+    assert there["sha256"] == made["sha256"]
     for command, name in (("gguf", "m.gguf"), ("export-hf", "hf")):
-        for source, folder in ((str(run), "here"), (f"{bucket}/run", "there")):
+        for source, folder in ((str(sparse), "here"), (f"{bucket}/sparse", "there")):
             (tmp_path / folder).mkdir(exist_ok=True)
             assert main([command, source, str(tmp_path / folder / name)]) == 0
     for path in (tmp_path / "here").rglob("*.*"):

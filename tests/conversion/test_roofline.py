@@ -68,8 +68,10 @@ def test_a_bundle_shows_the_shapes_of_its_model(exported):
     assert (want.moe is None) == (got.moe is None)
 
 
+@pytest.mark.parametrize("exported", ["moe"], indirect=True)
 def test_one_routed_expert_in_the_kernels_form_is_told_from_a_shared_one(exported, tmp_path):
-    config = dataclasses.replace(MOE, moe=dataclasses.replace(ROUTED, num_experts=1, num_experts_per_tok=1))
+    alone = dataclasses.replace(ROUTED, num_experts=1, num_experts_per_tok=1)
+    config = dataclasses.replace(MOE, num_layers=1, moe=alone)
     one = dataclasses.replace(exported, weights=weights.random(config))
     assert roofline.work(roofline.config_of(one.again(tmp_path, "kernel"))) == roofline.work(config)
 
