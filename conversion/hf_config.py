@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config import ModelConfig, MoEConfig, RopeConfig
+from moe_jax.config import TRAINING_OPTIONS, ModelConfig, MoEConfig, RopeConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.overrides import differences
@@ -41,10 +41,6 @@ _OPTIONAL = (
 _NOT_OF_THE_MODEL = (
     "torch_dtype", "dtype", "transformers_version", "auto_map", "_name_or_path", "bos_token_id", "eos_token_id",
     "pad_token_id", "initializer_range", "use_cache", "attention_dropout", "for_llm_compressor",
-)  # fmt: skip
-_TRAINING = (  # what only training reads
-    "ffn_width", "init_scale", "moe.bias_update_rate", "moe.router_z_loss", "moe.aux_loss", "moe.dispatch",
-    "moe.capacity_factor", "moe.buffer_factor"
 )  # fmt: skip
 
 
@@ -83,7 +79,7 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer, int4: bool) -> dict[str
     rope = config.rope
     if rope.factor == 1:  # then nothing depends on the context that scaling starts from
         rope = replace(rope, original_max_position_embeddings=config.max_position_embeddings)
-    lost = differences(replace(config, rope=rope), _parsed(data)).keys() - set(_TRAINING)
+    lost = differences(replace(config, rope=rope), _parsed(data)).keys() - set(TRAINING_OPTIONS)
     if lost:
         raise UserError(
             f"the published layout cannot say {', '.join(sorted(lost))} of this model; export it to GGUF"

@@ -103,20 +103,21 @@ def run_local(job: LocalJob) -> int:
     stages = job.stages
     for cfg, folder in stages:
         changed_options(cfg, folder, job.new_data)
-        _await_free(folder)
+        if not is_remote(folder):  # of a lease only the trainer can tell whether its holder is dead
+            _await_free(folder)
     record = job_record("local", dataclasses.asdict(job), job.config, job.overrides)
     write_record(job.root, record)
     return _Supervisor(job, stages).run()
 
 
 def _await_free(folder: Any) -> None:
-    """UserError where a run of this machine holds the folder, whose record is not to be overwritten.
+    """UserError where a run of this machine holds a folder on a disk, whose record is not to be overwritten.
 
     A trainer that was killed holds it until its memory is freed.
     """
     deadline = time.monotonic() + _FREED_SECONDS
     while (holding := holder(folder)).endswith(f" on {socket.gethostname()}"):
-        if is_remote(folder) or time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             raise UserError(f"{folder} is in use by {holding}; wait for it or stop it")
         time.sleep(0.5)
 

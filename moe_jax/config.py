@@ -143,11 +143,9 @@ class ModelConfig:
 
     def dropless(self) -> ModelConfig:
         """The same model where no expert is ever full: in use, a token's answer must not hang on its neighbours."""
-        return (
-            self
-            if self.moe is None
-            else replace(self, moe=replace(self.moe, dispatch="dropless", buffer_factor=0.0))
-        )
+        if self.moe is None:
+            return self
+        return replace(self, moe=replace(self.moe, dispatch="dropless", buffer_factor=0.0))
 
     @property
     def output_init_scale(self) -> float:
@@ -164,6 +162,13 @@ class ModelConfig:
         if self.moe.shared_expert_width:
             widths["moe.shared_expert_width"] = self.moe.shared_expert_width
         return widths
+
+
+# Options of a model that only training reads (ffn_width, where there are experts); they change no answer.
+TRAINING_OPTIONS = (
+    "ffn_width", "init_scale", "moe.bias_update_rate", "moe.router_z_loss", "moe.aux_loss", "moe.dispatch",
+    "moe.capacity_factor", "moe.buffer_factor",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from moe_jax.config import RunConfig
+from moe_jax.config import TRAINING_OPTIONS, RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import location, write_bytes, write_json
 from moe_jax.overrides import differences, from_dict, to_dict
@@ -29,12 +28,6 @@ _MAY_CHANGE = (
     "mesh.", "checkpoint.", "guard.", "optimizer.", "steps", "log_every", "init_from", "gradient_accumulation",
     "compute_dtype", "loss_chunk", "remat", "model.moe.buffer_factor", "data.heldout", "data.tokenizer",
     "data.cache_dir",
-)  # fmt: skip
-# Options of the model that change what training does with it, not what it computes.
-_ONLY_TRAINED_WITH = (
-    "model.init_scale", "model.max_position_embeddings", "model.ffn_width", "model.moe.dispatch",
-    "model.moe.capacity_factor", "model.moe.buffer_factor", "model.moe.bias_update_rate",
-    "model.moe.router_z_loss", "model.moe.aux_loss",
 )  # fmt: skip
 _DATA = ("data.sources", "data.max_bytes")  # and these where the user says so
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
@@ -71,8 +64,9 @@ def changed_model(theirs: RunConfig, cfg: RunConfig) -> dict[str, tuple[Any, Any
 
     A longer context may want another rope, so that is no error; but no array's shape would tell.
     """
-    changed = differences(replace(cfg, model=theirs.model), cfg)
-    return {name: values for name, values in changed.items() if not name.startswith(_ONLY_TRAINED_WITH)}
+    changed = differences(theirs.model, cfg.model)
+    same = (*TRAINING_OPTIONS, "max_position_embeddings")
+    return {f"model.{name}": values for name, values in changed.items() if name not in same}
 
 
 def listed(changed: dict[str, tuple[Any, Any]]) -> str:

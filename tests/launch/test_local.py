@@ -223,6 +223,8 @@ def test_a_local_run_in_a_bucket_is_recorded_and_resumed_there(tiny, tmp_path, m
     assert main(["local", str(tiny.root / "config.json"), "--run", f"{bucket}/run"]) == 0
     assert main(["resume", f"{bucket}/run"]) == 0
     assert not list(tmp_path.iterdir()) and jobs[0] == jobs[1] and jobs[1].root == f"{bucket}/run"
+    with exclusive(f"{bucket}/run"):  # a lease may be of the dead: the trainer finds out
+        assert main(["resume", f"{bucket}/run"]) == 0
 
 
 def test_a_folder_that_is_no_run_is_refused_and_nothing_is_written(tiny, tmp_path, capfd):
