@@ -20,21 +20,24 @@ from moe_jax.config import (
 )
 
 
-def _model(num_layers: int, d_model: int, num_heads: int) -> ModelConfig:
-    """The family's rules: feed-forward 4 x d_model cut by 8 into 60 experts + 1 shared, heads of 64."""
+def family(num_heads: int, num_layers: int | None = None, coarse_experts: int = 8) -> ModelConfig:
+    """A member of the family: heads of 64, feed-forward 4 x d_model, cut by 8 into fine-grained experts.
+
+    8 coarse experts are 60 and a shared one, 1 is a dense model. By default it has the depth for its width that S,
+    M and L have, 6 layers for each 256 of d_model and 2 more (derived from the three).
+    """
+    d_model = 64 * num_heads
     return ModelConfig(
-        num_layers=num_layers,
+        num_layers=num_layers or 2 + 3 * num_heads // 2,
         d_model=d_model,
         num_heads=num_heads,
         num_kv_heads=4,
         ffn_width=4 * d_model,
-        moe=MoEConfig.fine_grained(4 * d_model),
+        moe=MoEConfig.fine_grained(4 * d_model, coarse_experts) if coarse_experts > 1 else None,
     )
 
 
-SMALL = _model(num_layers=20, d_model=768, num_heads=12)
-MEDIUM = _model(num_layers=26, d_model=1024, num_heads=16)
-LARGE = _model(num_layers=32, d_model=1280, num_heads=20)
+SMALL, MEDIUM, LARGE = family(num_heads=12), family(num_heads=16), family(num_heads=20)
 
 
 def _stage(

@@ -22,12 +22,11 @@ import numpy as np
 from conversion.phones import PHONES, Phone, find
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
+from moe_jax.flops import deployed_bytes
 from moe_jax.model.describe import describe
 
 CONTEXTS, PROMPTS = (256, 1024, 4096, 8192), (512, 1024, 4096)
 _TWIN = "dense_twin"
-_GROUP = 32
-_INT4 = 0.5 + 2 / _GROUP  # bytes of a weight with its share of an FP16 scale
 LoadModel = Callable[[str], ModelConfig]
 
 
@@ -50,14 +49,14 @@ class Rates(NamedTuple):
 
 def work(config: ModelConfig) -> Work:
     """What a token costs; of the routed experts only the chosen ones count."""
-    total = products = 0.0
+    products = 0.0
     for path, leaf in describe(config).items():
         size = math.prod(leaf.shape)
         if config.moe and "expert" in leaf.axes:
             size *= config.moe.num_experts_per_tok / config.moe.num_experts
-        total += size * (4 if leaf.quant_axis is None else _INT4)
         products += 0 if leaf.quant_axis is None or path.startswith("embed") else size
-    return Work(total, products, 2.0 * config.num_layers * config.num_heads * config.head_dim)
+    looks = 2.0 * config.num_layers * config.num_heads * config.head_dim
+    return Work(deployed_bytes(config).active, products, looks)
 
 
 def rates(phone: Phone, load: LoadModel) -> Rates:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from launch.design import add_design_command
 from launch.fit import add_fit_command
 from launch.fit_first import fit_first
 from launch.local import add_local_command, resume_local
@@ -22,6 +23,7 @@ Examples:
   python -m launch status runs/four                               how far, how fast, how healthy
   python -m launch resume runs/a                                  exactly what was started there
   python -m launch fit mobilemoe_s --topology v5e:4x4             memory, cost and speed on a slice, without one
+  python -m launch design --memory 1.1 --active 0.3               the model of least loss that a phone holds
   python -m launch gke mobilemoe_s --topology v5e-256 --bucket gs://b --image IMAGE > job.yaml
   python -m launch pipeline mobilemoe_s --topology v5e-256 --bucket gs://b --image IMAGE --submit
   python -m launch demo --run runs/demo                           text to engine: what `make demo` runs
@@ -45,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--run", default="runs/demo", metavar="DIR", help="the demo's folder")
     sub.add_argument("--fresh", action="store_true", help="remove what the folder holds and start over")
     add_fit_command(commands)
+    add_design_command(commands)
     add_pod_commands(commands, fit_first)
     add_pipeline_command(commands, fit_first)
     add_status_command(commands)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -109,6 +109,39 @@ def loss_curves(curves: dict[str, list[dict[str, Any]]], kills: Sequence[int]) -
         parts.append(f'<text x="{x(tokens):.1f}" y={_HEIGHT - 24} text-anchor=middle>{_short(tokens)}</text>')
     parts.append(f"<text x={_LEFT} y={_HEIGHT - 6}>across: tokens in the loss; up: nats per token</text>")
     return f'<div class="scroll">{_svg(_WIDTH, _HEIGHT, "loss of the four stages", parts)}</div>'
+
+
+def loss_over_memory(
+    lines: Mapping[str, Sequence[tuple[float, float]]], bound: float, best: tuple[float, float]
+) -> str:
+    """A curve of (bytes, loss) for each name, the later the darker; a bound in bytes, a ring around the best."""
+    points = [point for line in lines.values() for point in (*line, best)]
+    sizes, losses = ([*values] for values in zip(*points, strict=True))
+    left, right = math.log(min(*sizes, bound) * 0.95), math.log(max(*sizes, bound) * 1.05)
+    low, high = min(losses), max(losses)
+
+    def x(size: float) -> float:
+        return _LEFT + 16 + (_WIDTH - _LEFT - 60) * (math.log(size) - left) / (right - left)
+
+    def y(loss: float) -> float:
+        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - loss) / ((high - low) or 1)
+
+    parts = []
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        at = y(level := low + share * (high - low))
+        parts.append(f'<line class=axis x1={_LEFT + 16} x2={_WIDTH} y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x={_LEFT + 8} y="{at + 4:.1f}" text-anchor=end>{level:.2f}</text>')
+    ticks = [m * 10.0**power for power in range(6, 13) for m in (1, 2, 5)]
+    for size in (t for t in ticks if left < math.log(t) < right):
+        parts.append(f'<text x="{x(size):.1f}" y={_HEIGHT - 24} text-anchor=middle>{size / 1e9:g}</text>')
+    parts.append(f'<line class=cross x1="{x(bound):.1f}" x2="{x(bound):.1f}" y1={_TOP} y2={_HEIGHT - _BOTTOM} />')
+    for number, (name, line) in enumerate(lines.items(), 1):
+        path = " ".join(f"{x(size):.1f},{y(loss):.1f}" for size, loss in line)
+        parts.append(f'<polyline class=curve style="stroke-opacity:{number / len(lines):.2f}" points="{path}"/>')
+        parts.append(f'<text class=name x="{x(line[-1][0]) + 5:.1f}" y="{y(line[-1][1]) + 4:.1f}">{name}</text>')
+    parts.append(f'<circle class=cross fill=none cx="{x(best[0]):.1f}" cy="{y(best[1]):.1f}" r=6 />')
+    parts.append(f"<text x={_LEFT + 16} y={_HEIGHT - 6}>across: GB on the phone; up: nats per token</text>")
+    return f'<div class="scroll">{_svg(_WIDTH, _HEIGHT, "loss over memory", parts)}</div>'
 
 
 def heat_map(counts: Sequence[Sequence[float]]) -> str:

@@ -1,4 +1,4 @@
-"""Parameter counts and floating-point operations: the one place for each formula."""
+"""Parameter counts, bytes on a phone and floating-point operations: the one place for each formula."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.chips import chip_of
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, QuantConfig
 from moe_jax.model.describe import describe
 
 
@@ -19,6 +19,13 @@ class Parameters(NamedTuple):
 
     active: int
     total: int
+
+
+class DeployedBytes(NamedTuple):
+    """Weights as a phone has them, INT4 where QAT quantises and float32 elsewhere; `active` as in `Parameters`."""
+
+    active: float
+    total: float
 
 
 def count_parameters(cfg: ModelConfig) -> Parameters:
@@ -32,6 +39,22 @@ def count_parameters(cfg: ModelConfig) -> Parameters:
         return Parameters(total, total)
     active_routed = routed * cfg.moe.num_experts_per_tok // cfg.moe.num_experts
     return Parameters(total - routed + active_routed, total)
+
+
+def deployed_bytes(cfg: ModelConfig) -> DeployedBytes:
+    """Bytes of weights that one token touches, and of all; each default group of INT4 has a 16-bit scale."""
+    active = total = 0.0
+    int4 = 0.5 + 2 / QuantConfig().weight_group_size
+    for leaf in describe(cfg).values():
+        size = math.prod(leaf.shape) * (4 if leaf.quant_axis is None else int4)
+        share = cfg.moe.num_experts_per_tok / cfg.moe.num_experts if cfg.moe and "expert" in leaf.axes else 1
+        active, total = active + size * share, total + size
+    return DeployedBytes(active, total)
+
+
+def cache_bytes(cfg: ModelConfig, context: int) -> int:
+    """Bytes of keys and values of `context` positions in float32."""
+    return 4 * 2 * context * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim
 
 
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:

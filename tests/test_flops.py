@@ -5,7 +5,7 @@ import pytest
 
 from configs import get
 from configs.mobilemoe import LARGE, MEDIUM, SMALL
-from moe_jax.flops import count_parameters, peak_flops, train_flops_per_token
+from moe_jax.flops import cache_bytes, count_parameters, deployed_bytes, peak_flops, train_flops_per_token
 from tests.tiny import DENSE, MOE
 
 
@@ -43,3 +43,14 @@ def test_training_flops_are_six_per_active_weight_and_half_the_attention_square(
 
 def test_the_cpus_peak_is_measured():
     assert 1e8 < peak_flops(jax.devices()[0]) < 1e14
+
+
+def test_bytes_on_a_phone_are_nine_sixteenths_a_weight_with_its_scale_and_four_a_float():
+    codes, floats = count_parameters(DENSE).total - 5 * 64, 5 * 64
+    assert deployed_bytes(DENSE) == (codes * 9 / 16 + floats * 4,) * 2
+    assert deployed_bytes(SMALL).total == pytest.approx(0.715e9, rel=0.01)  # its .litertlm has 0.732
+    assert deployed_bytes(MOE).active < deployed_bytes(MOE).total
+
+
+def test_a_cache_holds_keys_and_values_of_all_layers_in_float32():
+    assert cache_bytes(SMALL, 8192) == 20 * 2 * 8192 * 4 * 64 * 4
