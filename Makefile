@@ -63,6 +63,7 @@ realsize: $(INSTALLED)  ## import and export at the true shapes of size S (long;
 bench: export JAX_PLATFORMS := cpu
 bench: $(INSTALLED)  ## the measured ratios of tests/benchmarks
 	@set -e; for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(PY) -m $$(echo $${file%.py} | tr / .); done
+	$(PY) -m conversion bench-layer
 
 restore: export JAX_PLATFORMS := cpu
 restore: $(INSTALLED)  ## memory of restoring a state of 6 GB (3 minutes)

@@ -47,7 +47,8 @@ def get(name: str) -> RunConfig:
 def families() -> dict[str, list[str]]:
     """Family -> names of its stages, in the order in which its module defines them.
 
-    A family's stages are named `<family>_<stage>`; its first may bear the family's name alone. One stage is none.
+    A family's stages are named `<family>_<stage>`; its first may bear the family's name alone. A single
+    stage is not a family.
     """
     functions = registered()
     named = {name: function().stage for name, function in functions.items()}

@@ -81,7 +81,7 @@ def _add_bench_layer(commands: Any) -> None:
     sub.add_argument("--experts", choices=("sparse", "kernel"), default="sparse", help="stock ops or the custom op")
     sub.add_argument("--tokens", type=lengths, default=(1, 128, 1024), help="default 1,128,1024")
     add_threads(sub, "most threads; every number up to it is measured")
-    for name, default in {"width": 768, "expert-width": 384, "count": 60, "choices": 4}.items():
+    for name, default in {"d-model": 768, "expert-width": 384, "num-experts": 60, "num-experts-per-tok": 4}.items():
         sub.add_argument(f"--{name}", type=at_least(1), default=default, help=f"default {default}")
     sub.add_argument(
         "--seconds", type=at_least(0, float), default=0.5, help="of each form with each number of threads"
@@ -136,7 +136,7 @@ def _bench_layer(arguments: Any) -> dict[str, Any]:
     from conversion import bench_layer
 
     given = options(arguments, "width", "expert_width", "count", "choices")
-    shape = arguments.width, arguments.expert_width, arguments.count, arguments.choices
+    shape = arguments.d_model, arguments.expert_width, arguments.num_experts, arguments.num_experts_per_tok
     result = bench_layer.bench_layer(**given, shape=shape, say=say)
     print(bench_layer.table(result))
     return result

@@ -12,14 +12,10 @@ from typing import Any
 import tokenizers
 
 from moe_jax.data.chat import CHAT_TEMPLATE
-from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer import LLAMA3_SPLIT, Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import AnyPath, location
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _NAMES = {True: "llama-bpe", False: "smaug-bpe"}  # by ignore_merges
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
@@ -71,6 +67,6 @@ def _foreign(content: dict[str, Any]) -> str:
     if kinds != ["Split", "ByteLevel"] or parts[1]["use_regex"] or parts[1]["add_prefix_space"]:
         return "it does not split by one rule into bytes"
     split = parts[0]
-    if split["pattern"].get("Regex") != _LLAMA3 or split["behavior"] != "Isolated" or split["invert"]:
+    if split["pattern"].get("Regex") != LLAMA3_SPLIT or split["behavior"] != "Isolated" or split["invert"]:
         return "its splitting rule is another"
     return ""

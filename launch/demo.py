@@ -144,7 +144,7 @@ class Demo:
              "conversion", "export", qat, dense, "--experts", "dense"),
             ("verify", "file, PyTorch and engine against JAX", "conversion", "verify", qat, bundle),
             ("bench", "speed of the stock engine", "conversion", "bench", bundle, "--dense", dense),
-            ("layer", "one layer at MobileMoE-S's shape", "tests.benchmarks.bench_sparse_layer"),
+            ("layer", "one layer at MobileMoE-S's shape", "conversion", "bench-layer"),
         ):  # fmt: skip
             made = words[3:4] if "export" in words else []
             words += ["--json", str(run / f"{name}.json")]

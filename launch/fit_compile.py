@@ -35,7 +35,10 @@ from moe_jax.overrides import to_dict
 
 CACHE = Path(".cache/fit")
 _PACKAGE = Path(__file__).parents[1] / "moe_jax"
-_SOURCES = ("model", "ops", "parallel", "train/step.py", "train/state.py", "train/optimizer.py", "train/balance.py")
+_SOURCES = (
+    "model", "ops", "parallel", "chips.py", "config.py", "paths.py", "train/step.py", "train/state.py",
+    "train/optimizer.py", "train/balance.py",
+)  # fmt: skip
 # libtpu asks the cloud's metadata server what machine this is unless told not to, and locks a device file.
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 

@@ -69,10 +69,10 @@ def launch_job(job: Job, submit: bool, check_fit: CheckFit | None = None) -> int
     for number, cfg in enumerate(stages, 1):
         if check_fit and (rate := check_fit(cfg, kind, job.slices, f"{number} of {len(stages)}")):
             costs.append(chip_hours(cfg, rate))
-            notes.append(f"# {cfg.stage}: about {costs[-1]:,.0f} chip-hours")
+            notes.append(f"# {cfg.stage}: at least {costs[-1]:,.0f} chip-hours")
         notes += [f"# {path} is neither in the bucket nor in the image" for path in _local_paths(cfg)]
     if len(costs) > 1:
-        notes.append(f"# in all: about {sum(costs):,.0f} chip-hours")
+        notes.append(f"# in all: at least {sum(costs):,.0f} chip-hours")
     image = shell([job.image])
     notes.append(f"docker build -t {image} . && docker push {image}")
     text = launcher.render(job)

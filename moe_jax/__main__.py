@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = add(
         "evaluate",
         _evaluate,
-        "measure a run on its held-out text, against gzip -9 and xz -9 on the same bytes",
+        "measure a run on its held-out data; texts against gzip -9 and xz -9 on the same bytes",
         "runs/a --json eval.json",
         False,
     )

@@ -66,7 +66,6 @@ class Chip:
 
 _AT = "https://docs.cloud.google.com/tpu/docs/"
 
-# v4's clock was not looked up again in its paper.
 # Clocks of v5p and v6e are not published; they follow from the peak and 8 * 128^2 (v5p) or 4 * 256^2 (v6e)
 # multiply-adds a cycle. With them the compiler's estimate of a copy comes to 72 to 81 % of the HBM's peak on v4,
 # v5e, v5p and v6e alike.

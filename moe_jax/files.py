@@ -155,7 +155,7 @@ def cut_lines(path: AnyPath, past: Callable[[dict[str, Any]], bool]) -> list[dic
 
 
 def _remove(path: epath.Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # by a request of which the answer was lost
+    with contextlib.suppress(FileNotFoundError):  # deleted by an earlier request whose reply was lost
         if is_remote(path):  # where unlink() takes brackets for a pattern
             remote_filesystem().rm_file(str(path))
         else:

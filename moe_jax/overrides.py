@@ -74,7 +74,7 @@ def apply(config: T, overrides: list[str]) -> T:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """` (did you mean 'x'?)` for the closest known name, or nothing when none is close."""
+    """`; did you mean 'x'?` for the closest known name, or all of them where none is close."""
     match = difflib.get_close_matches(name, known, 1, 0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}"
 
@@ -156,7 +156,8 @@ def _suggest(name: str, key: str, hints: dict[str, Any], root: type) -> str:
     if same:
         return f"; did you mean {same[0]!r}?"
     if match := difflib.get_close_matches(key, list(hints), 1, 0.5):
-        return f"; did you mean {name.replace(key, match[0])!r}?"
+        right = ".".join(match[0] if part == key else part for part in name.split("."))
+        return f"; did you mean {right!r}?"
     return nearest(name, known)
 
 

@@ -32,7 +32,7 @@ def exclusive(run_dir: AnyPath) -> Iterator[Callable[[], None]]:
     """Hold the run folder, made where it is missing; UserError naming process and host of another holder.
 
     In a bucket, the lease of a process that is not known to be dead is watched for up to two minutes before it is
-    taken over, so that a killed run starts again without a hand. The function that this yields raises UserError
+    taken over, so that a killed run starts again by itself. The function that this yields raises UserError
     where the lease was lost, as to a machine that stood still for so long; call it before each save.
     """
     with _leased(str(location(run_dir))) if is_remote(run_dir) else _locked(Path(location(run_dir))) as check:

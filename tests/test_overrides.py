@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -113,3 +114,9 @@ def test_unknown_config_suggests_the_nearest_name():
 def test_every_config_says_what_it_is_for():
     for name in configs.registered():
         assert len(configs.summary(name)) > 20, name
+
+
+@pytest.mark.parametrize(("text", "right"), [("model.mode=1", "model.moe"), ("model.m=1", "model.moe")])
+def test_a_mistyped_part_is_mended_where_it_stands(text, right):
+    with pytest.raises(UserError, match=re.escape(repr(right))):
+        apply(RunConfig(), [text])

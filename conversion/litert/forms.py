@@ -54,7 +54,7 @@ class Stock:
         g.fully_connected(gated(g, h, self.content.activation), self.content.weight(g, (down,)), outs[0])
 
     def attention(self, g: Graph, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
-        """A layer's look at the cache."""
+        """A layer's attention over the cache."""
         self._attention.expand(inputs, outs[0])
 
     def experts(self, g: Graph, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:

@@ -63,7 +63,7 @@ class Markers(Composed):
         return torch.ops.moe_jax.experts(h, ids, weights, name)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, name: str) -> Tensor:
-        """Marker of a layer's look at the cache."""
+        """Marker of a layer's attention over the cache."""
         return torch.ops.moe_jax.attention(q, k, v, mask, name)
 
 

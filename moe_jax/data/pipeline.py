@@ -11,17 +11,15 @@ import gzip
 import hashlib
 import lzma
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import grain
-import numpy as np
 
 from moe_jax.config import DataConfig
 from moe_jax.data.origin import Origin, origin_of
 from moe_jax.data.packing import Batch, PackedRows, stack
-from moe_jax.data.sources import Document, iter_documents
-from moe_jax.data.tokenized import document_ids, tokenize_source
+from moe_jax.data.sources import iter_documents
+from moe_jax.data.tokenized import tokenize_source
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 
@@ -29,7 +27,8 @@ from moe_jax.errors import UserError
 class TrainIterator:
     """Endless batches of int32 and float32 arrays [B / processes, S]; see `make_train_iterator`.
 
-    `stats` says what one epoch holds: rows, tokens, padding, and conversations truncated or dropped, per source.
+    `stats` says what one epoch holds: documents, bytes, tokens, rows, and conversations truncated or dropped, per
+    source.
     """
 
     def __init__(self, dataset: grain.IterDataset, stats: list[dict], origin: Origin) -> None:
@@ -80,12 +79,9 @@ class TrainIterator:
 
 
 def make_train_iterator(
-    config: DataConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1, threads: int = 1
+    config: DataConfig, tokenizer: Tokenizer, *, process_index: int = 0, process_count: int = 1
 ) -> TrainIterator:
-    """The training stream of a stage; raises UserError for unusable sources and for less than one batch of rows.
-
-    `threads` read ahead; their number does not change what comes out.
-    """
+    """The training stream of a stage; raises UserError for unusable sources and for less than one batch of rows."""
     B, S = config.global_batch_size, config.seq_len
     if B % process_count:
         raise UserError(
@@ -122,7 +118,7 @@ def make_train_iterator(
     mixed = grain.MapDataset.mix(sources, [source.weight for source in config.sources])
     mixed = mixed[: 1 << 48]  # grain 0.2.18 cannot batch an endless dataset by one: its length overflows
     local = mixed.batch(B // process_count, batch_fn=stack)[process_index::process_count]
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return TrainIterator(local.to_iter_dataset(options), stats, origin_of(config, tokenizer, tokenized_sources))
 
 
@@ -145,38 +141,13 @@ def heldout_batches(sources: Sequence[PackedRows], size: int) -> Iterator[Batch]
         yield stack(pending + [sources[0].empty] * (size - len(pending)))
 
 
-@dataclass(frozen=True)
-class HeldoutDocument:
-    """A held-out text, its ids int32 [S] (BOS, text, end-of-text) and its size in UTF-8 bytes."""
-
-    text: str
-    ids: np.ndarray
-    num_bytes: int
+def heldout_text(config: DataConfig) -> bytes:
+    """The texts of `config.heldout` that `heldout_rows` packs, one after the other; conversations are left out."""
+    sources = (source for source in config.heldout if source.kind == "text")
+    return "".join(str(text) for source in sources for text in iter_documents(source, config.max_bytes)).encode()
 
 
-def heldout_documents(
-    config: DataConfig, tokenizer: Tokenizer, max_bytes: int | None = None
-) -> list[HeldoutDocument]:
-    """The texts of `config.heldout` that `heldout_batches` packs (conversations left out), in the same order.
-
-    `max_bytes` narrows `config.max_bytes`. Raises UserError where no held-out source is of kind text.
-    """
-    limit = config.max_bytes if max_bytes is None else max_bytes
-    texts: list[Document] = []
-    for source in config.heldout:
-        if source.kind == "text":
-            texts.extend(iter_documents(source, limit))
-    if not texts:
-        raise UserError("data.heldout has no source of kind text; add one, such as stdlib:heldout")
-    return [
-        HeldoutDocument(text, document_ids(text, tokenizer)[0], len(text.encode()))
-        for text in texts
-        if isinstance(text, str)
-    ]
-
-
-def compression_bits_per_byte(documents: Sequence[HeldoutDocument]) -> dict[str, float]:
-    """gzip -9 and xz -9 on the documents as one stream (which favours them): bits per byte of the same bytes."""
-    data = "".join(document.text for document in documents).encode()
+def compression_bits_per_byte(data: bytes) -> dict[str, float]:
+    """gzip -9 and xz -9 on texts as one stream (which favours them): bits per byte."""
     sizes = {"gzip9": len(gzip.compress(data, 9, mtime=0)), "xz9": len(lzma.compress(data, preset=9))}
     return {name: 8 * size / len(data) for name, size in sizes.items()}

@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, field
 from itertools import groupby, islice
@@ -26,6 +27,7 @@ from moe_jax.data.chat import render_ids
 from moe_jax.data.sources import Document, Manifest, document_text, iter_documents, source_files
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
+from moe_jax.files import is_remote
 
 _PART = 1 << 18  # characters; longer texts are encoded in parts cut at a line's end
 _CHUNK = 64  # parts encoded at one time: enough for all cores, and memory stays small
@@ -55,6 +57,8 @@ def tokenize_source(
         with tempfile.TemporaryDirectory() as folder:
             _write(Path(folder), source, tokenizer, max_bytes)
             return _read(Path(folder))  # the mapped files outlive their names
+    if is_remote(cache_dir):  # its files are mapped into memory
+        raise UserError(f"data.cache_dir is {cache_dir}; name a local folder, or leave it empty")
     folder = Path(cache_dir) / _key(source, tokenizer, max_bytes)
     if not folder.exists():
         try:
@@ -125,7 +129,7 @@ def _parts(text: str) -> Iterator[str]:
 
 def _write(folder: Path, source: SourceConfig, tokenizer: Tokenizer, max_bytes: int) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    offsets, num_bytes, digest, files = [0], 0, hashlib.sha256(), {}
+    offsets, num_bytes, digest, files = array("q", [0]), 0, hashlib.sha256(), {}
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "trained.bin").open("wb") as masks:
 
         def counted() -> Iterator[Document]:

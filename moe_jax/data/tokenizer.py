@@ -27,7 +27,7 @@ EOT = "<|eot|>"
 SPECIAL_TOKENS = (PAD, BOS, END, HEADER_START, HEADER_END, EOT)  # ids 0..5 of a tokenizer trained here
 
 # Llama 3: contractions, words with one leading mark, digits by threes, punctuation, line ends, other spaces.
-_SPLIT = (
+LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -78,7 +78,7 @@ class Tokenizer:
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+                pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )

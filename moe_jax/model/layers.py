@@ -103,11 +103,11 @@ class GatedFFN(nnx.Module):
         self.activation = cfg.activation
 
     def __call__(self, x_BSD: jax.Array, compute: Compute) -> jax.Array:
-        pair_BSCF = product(
+        pair_BS2F = product(
             "bsd,dcf->bscf", compute.activation(x_BSD), compute.cut(self.gate_up), compute.mesh,
             ("batch", "sequence", "activation"), ("embed", "pair", "mlp"), ("batch", "sequence", "pair", "mlp"),
         )  # fmt: skip
-        hidden_BSF = activate(self.activation, pair_BSCF[..., 0, :]) * pair_BSCF[..., 1, :]
+        hidden_BSF = activate(self.activation, pair_BS2F[..., 0, :]) * pair_BS2F[..., 1, :]
         return product(
             "bsf,fd->bsd", compute.activation(hidden_BSF), compute.cut(self.down), compute.mesh,
             ("batch", "sequence", "mlp"), ("mlp", "embed"), ("batch", "sequence", "activation"),

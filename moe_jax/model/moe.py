@@ -122,17 +122,17 @@ class Experts(nnx.Module):
 
         quantized = compute.quant is not None and compute.quant.quantize_activations
 
-        def gated(pair_RF, mix_R):
+        def gated(pair_R2F, mix_R):
             if quantized:  # INT8 rows are rounded before the weight, as the deployed product does
-                plain = gate_rows(pair_RF, jnp.ones_like(mix_R), self.activation)
-                return (compute.activation(plain) * mix_R[:, None]).astype(pair_RF.dtype)
+                plain = gate_rows(pair_R2F, jnp.ones_like(mix_R), self.activation)
+                return (compute.activation(plain) * mix_R[:, None]).astype(pair_R2F.dtype)
             gate = gate_rows_fused if implementation == "megablox" else gate_rows
-            return gate(pair_RF, mix_R, self.activation)
+            return gate(pair_R2F, mix_R, self.activation)
 
-        def run(rows_RD, mix_R, sizes_E, gate_up_EDF, down_EDF):
-            pair_RF = grouped_matmul(rows_RD, gate_up_EDF, sizes_E, implementation=implementation)
+        def run(rows_RD, mix_R, sizes_E, gate_up_ED2F, down_EDF):
+            pair_R2F = grouped_matmul(rows_RD, gate_up_ED2F, sizes_E, implementation=implementation)
             return grouped_matmul(
-                gated(pair_RF, mix_R), down_EDF, sizes_E, implementation=implementation, transpose_rhs=True
+                gated(pair_R2F, mix_R), down_EDF, sizes_E, implementation=implementation, transpose_rhs=True
             )  # fmt: skip
 
         return run

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+_MASKED = -1e30  # finite: a row of padding sees nothing, and softmax over -inf alone would be NaN
+
 
 def causal_mask(
     query_positions_BS: jax.Array,
@@ -27,8 +29,7 @@ def attention(q_BNHS: jax.Array, k_BGHC: jax.Array, v_BGHC: jax.Array, mask_BSC:
     batch, heads, width, length = q_BNHS.shape
     q_BGPHS = q_BNHS.reshape(batch, k_BGHC.shape[1], -1, width, length)
     scores = jnp.einsum("bgphs,bghc->bgpsc", q_BGPHS, k_BGHC, preferred_element_type=jnp.float32)
-    # A finite floor: a row of padding sees nothing, and softmax over -inf alone would be NaN.
-    scores = jnp.where(mask_BSC[:, None, None], scores, -1e30)
+    scores = jnp.where(mask_BSC[:, None, None], scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BGHC.dtype)
     out = jnp.einsum("bgpsc,bghc->bgpsh", weights, v_BGHC)
     return out.reshape(batch, heads, length, width)
@@ -79,8 +80,7 @@ def _row_forward(row: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     outs, log_zs = [], []
     for block in _blocks(k_GHS.shape[2]):
         scores = _product(_flat(q_GPSH, block), k_GHS[..., : block.stop], 2, 1)
-        # A finite floor: a row of padding sees nothing, and softmax over -inf alone would be NaN.
-        scores = jnp.where(_mask(positions_S, segments_S, block, q_GPSH.shape[1]), scores, -1e30)
+        scores = jnp.where(_mask(positions_S, segments_S, block, q_GPSH.shape[1]), scores, _MASKED)
         peak = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - peak)
         z = weights.sum(-1, keepdims=True)

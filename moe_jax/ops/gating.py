@@ -23,25 +23,25 @@ def activate(name: str, x: jax.Array) -> jax.Array:
     return jax.nn.silu(x) if name == "silu" else jax.nn.gelu(x, approximate=True)
 
 
-def gate_rows(pair_RF: jax.Array, mix_R: jax.Array, activation: str) -> jax.Array:
+def gate_rows(pair_R2F: jax.Array, mix_R: jax.Array, activation: str) -> jax.Array:
     """act(first half) * second half * mix, in float32, [R, F] in the type of `pair`."""
-    gate, up = jnp.split(pair_RF.astype(jnp.float32), 2, axis=-1)
-    return (activate(activation, gate) * up * mix_R[:, None]).astype(pair_RF.dtype)
+    gate, up = jnp.split(pair_R2F.astype(jnp.float32), 2, axis=-1)
+    return (activate(activation, gate) * up * mix_R[:, None]).astype(pair_R2F.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def gate_rows_fused(pair_RF: jax.Array, mix_R: jax.Array, activation: str, interpret: bool = False) -> jax.Array:
+def gate_rows_fused(pair_R2F: jax.Array, mix_R: jax.Array, activation: str, interpret: bool = False) -> jax.Array:
     """`gate_rows` by kernel; R must be a multiple of 128."""
-    rows, width = pair_RF.shape[0], pair_RF.shape[1] // 2
+    rows, width = pair_R2F.shape[0], pair_R2F.shape[1] // 2
     return pl.pallas_call(
         partial(_forward_kernel, activation),
         grid=(pl.cdiv(rows, BLOCK * LANES),),
         in_specs=[_rows(2 * width), _lanes()],
         out_specs=_rows(width),
-        out_shape=jax.ShapeDtypeStruct((rows, width), pair_RF.dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, width), pair_R2F.dtype),
         interpret=interpret,
         name="gate",
-    )(pair_RF, mix_R.reshape(-1, 1, LANES))
+    )(pair_R2F, mix_R.reshape(-1, 1, LANES))
 
 
 def _rows(width: int) -> pl.BlockSpec:
@@ -80,12 +80,12 @@ def _backward_kernel(activation: str, pair, mix, grad, grad_pair, grad_mix):
         grad_pair[rows, width:] = (upstream * acted).astype(grad_pair.dtype)
 
 
-def _fused_forward(pair_RF, mix_R, activation, interpret):
-    return gate_rows_fused(pair_RF, mix_R, activation, interpret), (pair_RF, mix_R)
+def _fused_forward(pair_R2F, mix_R, activation, interpret):
+    return gate_rows_fused(pair_R2F, mix_R, activation, interpret), (pair_R2F, mix_R)
 
 
 def _fused_backward(activation, interpret, residuals, grad_RF):
-    pair_RF, mix_R = residuals
+    pair_R2F, mix_R = residuals
     rows, width = grad_RF.shape
     grad_pair, grad_mix = pl.pallas_call(
         partial(_backward_kernel, activation),
@@ -93,13 +93,13 @@ def _fused_backward(activation, interpret, residuals, grad_RF):
         in_specs=[_rows(2 * width), _lanes(), _rows(width)],
         out_specs=[_rows(2 * width), _lanes()],
         out_shape=[
-            jax.ShapeDtypeStruct(pair_RF.shape, pair_RF.dtype),
+            jax.ShapeDtypeStruct(pair_R2F.shape, pair_R2F.dtype),
             jax.ShapeDtypeStruct((rows // LANES, 1, LANES), jnp.float32),
         ],
         input_output_aliases={0: 0},
         interpret=interpret,
         name="gate_gradient",
-    )(pair_RF, mix_R.reshape(-1, 1, LANES), grad_RF)
+    )(pair_R2F, mix_R.reshape(-1, 1, LANES), grad_RF)
     return grad_pair, grad_mix.reshape(-1).astype(mix_R.dtype)
 
 

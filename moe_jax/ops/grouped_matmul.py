@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
+from moe_jax.chips import LANES
+
 IMPLEMENTATIONS = ("megablox", "tiles", "dense")
 
 
@@ -64,7 +66,7 @@ def _dense(lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array) -> jax.Arr
 
 # ---- megablox -----------------------------------------------------------------------------------
 
-ROW_TILE = 128
+ROW_TILE = LANES
 
 
 def row_alignment(implementation: str) -> int:
@@ -82,7 +84,7 @@ def tile_sizes(m: int, k: int, n: int) -> tuple[int, int, int]:
 
     def even(limit: int, size: int) -> int:
         tiles = -(-size // limit)
-        return -(-size // (tiles * 128)) * 128
+        return -(-size // (tiles * LANES)) * LANES
 
     return even(ROW_TILE, min(m, ROW_TILE)), even(1024, k), even(1024, n)
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
+from moe_jax.chips import LANES
 from moe_jax.config import MoEConfig
 from moe_jax.parallel.rules import BATCH_AXES, spec
 
@@ -85,10 +86,9 @@ def _ranks(ids_P: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
     The running count within 128 pairs is a product with a triangle of ones, exact in any precision; TPUs
     sort and scatter scalars slowly, and compile sorts slowly.
     """
-    lanes = 128
-    ids_BC = jnp.pad(ids_P, (0, -ids_P.size % lanes), constant_values=num_experts).reshape(-1, lanes)
+    ids_BC = jnp.pad(ids_P, (0, -ids_P.size % LANES), constant_values=num_experts).reshape(-1, LANES)
     member_EBC = ids_BC == jnp.arange(num_experts)[:, None, None]
-    triangle = jnp.triu(jnp.ones((lanes, lanes), jnp.float32))
+    triangle = jnp.triu(jnp.ones((LANES, LANES), jnp.float32))
     seen_EBC = (member_EBC.astype(jnp.float32) @ triangle).astype(jnp.int32)
     blocks_EB = seen_EBC[..., -1]
     before_EB = jnp.cumsum(blocks_EB, axis=1) - blocks_EB

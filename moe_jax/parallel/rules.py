@@ -54,7 +54,7 @@ def constrain(x: jax.Array, mesh: Mesh, axes: tuple[str, ...]) -> jax.Array:
 def check_divisible(cfg: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     """Refuse a mesh that cannot cut this run evenly, with the sizes that can."""
     model, sizes = cfg.model, mesh.shape
-    _check(sizes, "fsdp", {"d_model": model.d_model})
+    _check(sizes, "fsdp", {"model.d_model": model.d_model})
     _check(sizes, "context", {"data.seq_len": cfg.data.seq_len})
     if platform(mesh) == "tpu" and cfg.data.seq_len % (LANES * sizes["context"]):
         raise UserError(
@@ -62,18 +62,18 @@ def check_divisible(cfg: RunConfig, mesh: Mesh | AbstractMesh) -> None:
             f"device, as attention on TPU needs; use a multiple of {LANES * sizes['context']}"
         )
     cut_by_tensor = {
-        "num_heads": model.num_heads,
-        "num_kv_heads": model.num_kv_heads,
-        "vocab_size": model.vocab_size,
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.num_kv_heads,
+        "model.vocab_size": model.vocab_size,
     }
     if model.moe is not None:
-        _check(sizes, "expert", {"moe.num_experts": model.moe.num_experts})
+        _check(sizes, "expert", {"model.moe.num_experts": model.moe.num_experts})
         if model.moe.shared_expert_width:
-            cut_by_tensor["moe.shared_expert_width"] = model.moe.shared_expert_width
+            cut_by_tensor["model.moe.shared_expert_width"] = model.moe.shared_expert_width
     elif sizes["expert"] > 1:
         raise UserError("mesh.expert is above 1 but the model is dense; use mesh.fsdp or mesh.data")
     else:
-        cut_by_tensor["ffn_width"] = model.ffn_width
+        cut_by_tensor["model.ffn_width"] = model.ffn_width
     cut_by_tensor["data.seq_len per context shard"] = cfg.data.seq_len // sizes["context"]
     _check(sizes, "tensor", cut_by_tensor)
     sequences = cfg.data.global_batch_size // cfg.gradient_accumulation

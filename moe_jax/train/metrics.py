@@ -45,7 +45,7 @@ def read_metrics(run_dir: AnyPath) -> list[dict[str, Any]]:
 class Metrics:
     """The log of one run folder, opened at `step` (the steps already done); closes as a context manager.
 
-    Only the first process writes. `lost` steps were logged past `step` and stand there no more.
+    Only the first process writes. `lost`: steps logged past `step`, whose lines are cut.
     """
 
     def __init__(self, run_dir: epath.Path, cfg: RunConfig, step: int, devices: list[jax.Device]) -> None:
@@ -84,7 +84,7 @@ class Metrics:
 
         Args:
             step: optimizer steps done.
-            values: the step's metrics on the host.
+            values: the step's metrics on the host; what was routed and dropped is of all steps since the last line.
             seconds: wall time per step since the last line.
             real: tokens per step since the last line, padding left out; they give tokens/s and MFU.
             trained: loss-bearing tokens of all steps since the last line.

@@ -10,19 +10,17 @@ from moe_jax.paths import unflatten_paths
 
 
 def make_schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then cosine or linear decay to `final_fraction`."""
-    end = cfg.learning_rate * cfg.final_fraction
+    """Learning rate by step: linear warm-up, then constant, or cosine or linear decay to `final_fraction`."""
     rest = max(1, steps - cfg.warmup_steps)
     after = {
         "cosine": optax.cosine_decay_schedule(cfg.learning_rate, rest, cfg.final_fraction),
-        "linear": optax.linear_schedule(cfg.learning_rate, end, rest),
+        "linear": optax.linear_schedule(cfg.learning_rate, cfg.learning_rate * cfg.final_fraction, rest),
         "constant": optax.constant_schedule(cfg.learning_rate),
     }[cfg.schedule]
     if not cfg.warmup_steps:
         return after
     # From 1/warmup: a first step with a rate of exactly zero would be spent for nothing.
-    first = cfg.learning_rate / cfg.warmup_steps
-    warmup = optax.linear_schedule(first, cfg.learning_rate, cfg.warmup_steps - 1)
+    warmup = optax.linear_schedule(cfg.learning_rate / cfg.warmup_steps, cfg.learning_rate, cfg.warmup_steps - 1)
     return optax.join_schedules([warmup, after], [cfg.warmup_steps])
 
 

@@ -21,8 +21,6 @@ from moe_jax.overrides import differences, from_dict, to_dict
 if TYPE_CHECKING:  # a supervisor asks here too, and starts without JAX
     from jax.sharding import Mesh
 
-    from moe_jax.data.tokenizer import Tokenizer
-
 # What a resumed run may change: nothing here changes the tree of arrays or which batch comes at which step.
 _MAY_CHANGE = (
     "mesh.", "checkpoint.", "guard.", "optimizer.", "steps", "log_every", "init_from", "gradient_accumulation",
@@ -74,17 +72,16 @@ def listed(changed: dict[str, tuple[Any, Any]]) -> str:
     return "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
 
 
-def describe_run(cfg: RunConfig, run_dir: epath.Path, tokenizer: Tokenizer, mesh: Mesh) -> None:
+def describe_run(cfg: RunConfig, run_dir: epath.Path, mesh: Mesh) -> None:
     """Write what the run is. config.json comes first: by it a killed start is known as this run."""
     write_json(run_dir / "config.json", to_dict(cfg))
     if location(cfg.data.tokenizer) != run_dir / "tokenizer.json":
         write_bytes(run_dir / "tokenizer.json", location(cfg.data.tokenizer).read_bytes())
-    device = mesh.devices.flat[0]
     environment = {
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "devices": f"{mesh.devices.size} x {device.device_kind}",
+        "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
         "processes": len({device.process_index for device in mesh.devices.flat}),
         "mesh": dict(mesh.shape),
         "git": _git_commit(),

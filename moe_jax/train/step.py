@@ -98,7 +98,7 @@ def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch],
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = dict(batch)
         vote = {"vote": batch.pop("votes").max()} if "votes" in batch else {}
-        (loss, parts), grads = loss_and_grads(state.params, state.biases, batch)
+        (_, parts), grads = loss_and_grads(state.params, state.biases, batch)
         moments = state.opt_state
         if cfg.optimizer.offload:
             moments = jax.device_put(moments, state_shardings(cfg, mesh, in_use=True).opt_state)
@@ -110,7 +110,6 @@ def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch],
         tokens = batch["loss_mask"].sum()
         metrics: Metrics = {
             "loss": parts.nll / jnp.maximum(tokens, 1.0),
-            "objective": loss,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step)),
             "tokens": tokens,

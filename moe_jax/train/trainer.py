@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -45,8 +46,8 @@ from moe_jax.train.watch import StopRequest, Watchdog
 
 # What a process asks of all, by a vote that travels with a step; the highest counts.
 _SAVE, _STOP = 1, 2
-_COMPILE_MINUTES = 30.0
-_PATHS = (".path", "data.tokenizer", "data.cache_dir", "init_from")  # may differ, as what they lead to may not
+_SLOW_MINUTES = 30.0  # that a compilation or a restore may take
+_PATHS = (".path", "data.tokenizer", "data.cache_dir", "init_from")  # may differ, not what they lead to
 
 
 def fit(
@@ -157,7 +158,7 @@ class _Trainer:
         if step == self.cfg.steps:
             self.checkpoints.mark_final(step)  # it may be of a run that was to go further
         if is_first():
-            describe_run(self.cfg, self.run_dir, self.tokenizer, self.mesh)
+            describe_run(self.cfg, self.run_dir, self.mesh)
         if changes:
             print(f"going on from step {step} with other options: {listed(changes)}", file=sys.stderr, flush=True)
             self.history.event("config_changed", step, changes={k: list(v) for k, v in changes.items()})
@@ -182,6 +183,7 @@ class _Trainer:
     def _restore(self) -> int:
         """Set state, data and guard to the last sound checkpoint or to the start; the step reached."""
         cfg, seen = self.cfg, len(self.checkpoints.set_aside)
+        self.dog.beat(0, "restoring", _SLOW_MINUTES)
         with self.goodput.spent("restore"):
             found = self.checkpoints.restore_latest(abstract_state(cfg, self.mesh))
             for damage in self.checkpoints.set_aside[seen:]:
@@ -245,6 +247,7 @@ class _Trainer:
                     return bad
                 metrics.flush()
                 self._save(step, wait=vote_of_all == _STOP)
+                clock = _Clock()  # no step's time holds a save
                 if vote_of_all == _STOP:
                     raise Preempted(
                         f"{self.stop.name or 'another process'}: step {step} is saved in {self.run_dir}"
@@ -268,9 +271,10 @@ class _Trainer:
         vote = int(values.pop("vote")) if "vote" in values else self._vote()
         bad = self.guard.check(done.step, float(values["loss"]), float(values["grad_norm"]), done.batch)
         if bad is None:
-            clock.add(int(values["real"]), float(values["tokens"]))
+            clock.add(values)
             if done.step % self.cfg.log_every == 0 or self._saves(done.step) or saving:
-                metrics.log(done.step, values, *clock.lap())
+                routed, seconds, real, trained = clock.lap()
+                metrics.log(done.step, values | routed, seconds, real, trained)
         return bad, vote
 
     def _vote(self) -> int:
@@ -284,7 +288,7 @@ class _Trainer:
 
     def _compile(self, step: int, arrays: dict[str, jax.Array]) -> None:
         begin = time.perf_counter()
-        self.dog.beat(step, "compiling", _COMPILE_MINUTES)
+        self.dog.beat(step, "compiling", _SLOW_MINUTES)
         with self.goodput.spent("compile"):  # apart, so that no step's time holds it
             step_function: Any = make_train_step(self.cfg, self.mesh)
             self.train_step = step_function.lower(self.state, arrays).compile()
@@ -327,7 +331,7 @@ class _Trainer:
         """Nats per token on the first batches of data.heldout; as in use, no expert is ever full."""
         assert self.state is not None
         if not hasattr(self, "eval_step"):
-            self.dog.beat(step, "compiling", _COMPILE_MINUTES)
+            self.dog.beat(step, "compiling", _SLOW_MINUTES)
             self.eval_step = make_eval_step(replace(self.cfg, model=self.cfg.model.dropless()), self.mesh)
         nats = tokens = 0.0
         # Of a microbatch's size: that much fits with a backward pass.
@@ -372,18 +376,22 @@ class _Trainer:
 
 
 class _Clock:
-    """Wall time, steps and tokens since the last line of the log."""
+    """Wall time, steps, tokens and where they were routed since the last line of the log."""
 
     def __init__(self) -> None:
         self._since, self._steps, self._real, self._trained = time.perf_counter(), 0, 0, 0.0
+        self._routed: dict[str, np.ndarray] = {}
 
-    def add(self, real: int, trained: float) -> None:
-        """One more step."""
-        self._steps, self._real, self._trained = self._steps + 1, self._real + real, self._trained + trained
+    def add(self, values: dict[str, Any]) -> None:
+        """One more step, with its metrics on the host."""
+        self._steps, self._real = self._steps + 1, self._real + int(values["real"])
+        self._trained += float(values["tokens"])
+        for name in ("counts_LE", "dropped_L"):
+            self._routed[name] = self._routed.get(name, 0) + values[name]
 
-    def lap(self) -> tuple[float, int, float]:
-        """(seconds and real tokens per step, trained tokens of all), and start anew."""
-        now = time.perf_counter()
-        seconds, real, trained = (now - self._since) / self._steps, self._real // self._steps, self._trained
-        self._since, self._steps, self._real, self._trained = now, 0, 0, 0.0
-        return seconds, real, trained
+    def lap(self) -> tuple[dict[str, np.ndarray], float, int, float]:
+        """(routing of all steps, seconds and real tokens per step, trained tokens of all), and start anew."""
+        seconds = (time.perf_counter() - self._since) / self._steps
+        found = self._routed, seconds, self._real // self._steps, self._trained
+        self.__init__()
+        return found

@@ -1,4 +1,4 @@
-"""What ends a process from outside the step: signals, which are granted after a save, and steps that never come."""
+"""What ends a process from outside the step: signals, which are obeyed after a save, and steps that never come."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TELL_SECONDS = 10.0  # that the last words may take: what hangs may be the plac
 
 
 class StopRequest:
-    """SIGTERM (a preemption notice) and SIGINT, as a wish that the loop grants after a save.
+    """SIGTERM (a preemption notice) and SIGINT, which the loop obeys after a save.
 
     A context manager; outside the main thread, where no signal arrives, it does nothing. A second SIGINT
     interrupts. What came is still named after the block.

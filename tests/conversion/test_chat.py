@@ -43,8 +43,8 @@ class Interrupting(io.StringIO):
 @KINDS
 def test_ctrl_c_stops_an_answer_and_the_next_is_given(exported, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", Interrupting())
-    stopped, after = chat(exported.bundle, ["add", "more"], max_tokens=12, threads=1)
-    assert len(stopped) < len(chat(exported.bundle, ["add"], max_tokens=12, threads=1)[0]) and after
+    stopped, after = chat(exported.bundle, ["add", "more"], max_tokens=40, threads=1)
+    assert len(stopped) < len(chat(exported.bundle, ["add"], max_tokens=40, threads=1)[0]) and after
     assert "(stopped)" in capsys.readouterr().err
 
 

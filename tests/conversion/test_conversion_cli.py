@@ -73,7 +73,7 @@ def test_bad_input_is_one_sentence_and_status_2(run_dir, exported, tmp_path, cap
         "verify run m.litertlm --probes 0", "verify run m.litertlm --threads 0", "bench m.litertlm --texts 0",
         "bench m.litertlm --threads 0", "bench m.litertlm --decode -1", "bench m.litertlm --prefill 0",
         "bench m.litertlm --contexts 256,-1", "bench-layer --threads 0", "bench-layer --tokens 0",
-        "bench-layer --count 0", "bench-layer --seconds nan", "chat m.litertlm --top-p 5",
+        "bench-layer --num-experts 0", "bench-layer --seconds nan", "chat m.litertlm --top-p 5",
         "chat m.litertlm --temperature -1", "chat m.litertlm --threads 0", "chat m.litertlm --max-tokens 0",
         "chat m.litertlm --seed -1",
     ],

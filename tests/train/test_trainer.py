@@ -375,6 +375,19 @@ def test_evaluation_is_in_bits_of_the_same_bytes(finished, tmp_path, capsys):
     assert result["nats_per_token"] < 0.8 * math.log(VOCAB)
 
 
+def test_conversations_are_evaluated_in_nats_and_leave_the_text_as_it_is(finished, tmp_path):
+    lines = [{"messages": [{"role": r, "content": f"beta {n}"} for r in ("user", "assistant")]} for n in range(9)]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    talk = json.dumps({"path": f"{tmp_path}/talk.jsonl", "kind": "chat", "weight": 1.0})
+    text = evaluation.evaluate(finished)
+    both = evaluation.evaluate(finished, [f"data.heldout.1={talk}"])
+    alone = evaluation.evaluate(finished, [f"data.heldout=[{talk}]"])
+    assert set(alone) == {"step", "tokens", "nats_per_token"} and alone["tokens"] > 9
+    assert both["bits_per_byte_model"] == text["bits_per_byte_model"]
+    nats = [found["tokens"] * found["nats_per_token"] for found in (text, alone, both)]
+    assert nats[0] + nats[1] == pytest.approx(nats[2])
+
+
 def test_evaluation_takes_few_tokens_at_a_time_whatever_the_batch_of_training(finished, monkeypatch):
     sizes = []
     put = evaluation.put_batch
