@@ -76,18 +76,23 @@ def test_every_mesh_axis_is_an_option_and_every_rule_names_mesh_axes():
 @pytest.mark.parametrize(
     ("axes", "model", "what", "divisors"),
     [
-        ({"expert": 8}, with_moe(num_experts=60), "moe.num_experts 60", "1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60"),
-        ({"expert": 4}, MOE, "moe.num_experts 6", "1, 2, 3, 6"),
-        ({"fsdp": 3}, MOE, "d_model 64", "1, 2, 4, 8, 16, 32, 64"),
+        (
+            {"expert": 8},
+            with_moe(num_experts=60),
+            "model.moe.num_experts 60",
+            "1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60",
+        ),
+        ({"expert": 4}, MOE, "model.moe.num_experts 6", "1, 2, 3, 6"),
+        ({"fsdp": 3}, MOE, "model.d_model 64", "1, 2, 4, 8, 16, 32, 64"),
         ({"context": 3}, MOE, "data.seq_len 16", "1, 2, 4, 8, 16"),
-        ({"tensor": 3}, MOE, "num_heads 4", "1, 2"),
+        ({"tensor": 3}, MOE, "model.num_heads 4", "1, 2"),
         ({"context": 16, "tensor": 2}, MOE, "data.seq_len per context shard 1", "1"),
-        ({"tensor": 8}, MOE, "num_heads 4", "1, 2"),
-        ({"tensor": 4}, MOE, "num_kv_heads 2", "1, 2"),
-        ({"tensor": 2}, replace(MOE, num_heads=12, num_kv_heads=3), "num_kv_heads 3", "1"),
-        ({"tensor": 4}, replace(MOE, num_kv_heads=4, vocab_size=98), "vocab_size 98", "1, 2"),
-        ({"tensor": 2}, with_moe(shared_expert_width=33), "moe.shared_expert_width 33", "1"),
-        ({"tensor": 4}, replace(DENSE, num_kv_heads=4, ffn_width=90), "ffn_width 90", "1, 2"),
+        ({"tensor": 8}, MOE, "model.num_heads 4", "1, 2"),
+        ({"tensor": 4}, MOE, "model.num_kv_heads 2", "1, 2"),
+        ({"tensor": 2}, replace(MOE, num_heads=12, num_kv_heads=3), "model.num_kv_heads 3", "1"),
+        ({"tensor": 4}, replace(MOE, num_kv_heads=4, vocab_size=98), "model.vocab_size 98", "1, 2"),
+        ({"tensor": 2}, with_moe(shared_expert_width=33), "model.moe.shared_expert_width 33", "1"),
+        ({"tensor": 4}, replace(DENSE, num_kv_heads=4, ffn_width=90), "model.ffn_width 90", "1, 2"),
     ],
 )
 def test_a_mesh_that_cannot_cut_the_model_is_refused_with_the_sizes_that_can(axes, model, what, divisors):
