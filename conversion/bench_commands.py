@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.command_options import add_threads, lengths, options, say
-from moe_jax.command_line import add_command, add_json, at_least, seed, top_p
+from moe_jax.command_line import add_command, add_json, at_least, prompt, seed, top_p
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.errors import UserError
 from moe_jax.overrides import from_dict
@@ -99,7 +99,7 @@ def _add_chat(commands: Any) -> None:
         "model.litertlm --show-experts",
     )
     sub.add_argument("bundle")
-    sub.add_argument("--prompt", help="one question")
+    sub.add_argument("--prompt", type=prompt, help="one question")
     sub.add_argument("--max-tokens", type=at_least(1), default=256, help="of each reply")
     sub.add_argument("--temperature", type=at_least(0, float), default=0.0, help="0 takes the likeliest token")
     sub.add_argument("--top-p", type=top_p, default=1.0)

@@ -113,15 +113,16 @@ def write(
 ) -> dict[str, Any]:
     """Write the weights of `config` that `source` makes, with what else it leaves in the folder that it is given.
 
-    `prefill` are the lengths of the prefill signatures (those beyond the context are left out; by default what of
-    PREFILL is at most a quarter of it), `experts` is one of FORMS; dense ones only serve to compare speed.
+    `prefill` are the lengths of the prefill signatures (by default what of PREFILL is at most a quarter of the
+    context), `experts` is one of FORMS; dense ones only serve to compare speed.
     """
     if not 0 < context <= (limit := config.max_position_embeddings):
         raise UserError(f"context {context} is not within 1 and the model's {limit} positions")
     if experts not in FORMS:
         raise UserError(f"experts is {experts!r}; choose one of {', '.join(FORMS)}")
-    fitting = [n for n in prefill if n <= context] or [n for n in PREFILL if 4 * n <= context]
-    lengths = sorted(set(fitting)) or [min(*PREFILL, context)]
+    if max(prefill, default=0) > context:
+        raise UserError(f"--prefill {max(prefill)} is more than the context of {context}; ask for at most that")
+    lengths = sorted(set(prefill or [n for n in PREFILL if 4 * n <= context])) or [min(*PREFILL, context)]
 
     from conversion import readback  # slow to import, as what lowers is, and not needed to refuse
     from conversion.litert import bundle, lower

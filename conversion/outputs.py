@@ -22,4 +22,4 @@ def on_disk(path: str | Path) -> Path:
     """The path, unless it is in a bucket, where nothing here can write."""
     if is_remote(path):
         raise UserError(f"{path} is in a bucket; name a place on a disk and copy from there")
-    return Path(path)
+    return Path(path).expanduser()

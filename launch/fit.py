@@ -131,6 +131,8 @@ def add_fit_command(commands: Any) -> None:
 
 def _command(arguments: Any) -> int:
     if arguments.table:
+        if arguments.config or arguments.topology or arguments.search:
+            raise UserError("--table has configs and slices of its own; leave out all else")
         from launch.fit_table import make_table
 
         use_libtpu()

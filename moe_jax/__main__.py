@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import configs
@@ -18,11 +17,13 @@ from moe_jax.command_line import (
     guarded,
     make_parser,
     parse,
+    prompt,
     seed,
     top_p,
 )
 from moe_jax.errors import UserError
 from moe_jax.files import location, write_json
+from moe_jax.overrides import leaves, to_dict
 
 _EXAMPLES = """\
 A run is a folder: config, logs, tokenizer and checkpoints. The usual order of things:
@@ -52,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         wanted = "registered name or .json file" if config else ""
         return add_command(commands, name, command, text, example, config=wanted)
 
-    add("configs", _configs, "list the registered configs", "", False)
+    sub = add("configs", _configs, "list the registered configs, or all options of one", "demo_sft", False)
+    sub.add_argument("name", nargs="?", help="whose options to list, with their values")
+    add_overrides(sub)
 
     sub = add(
         "train",
@@ -97,12 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         False,
     )
     sub.add_argument("run", help="run folder")
-    sub.add_argument("--prompt", required=True, help="text to go on from, or the question")
+    sub.add_argument("--prompt", type=prompt, required=True, help="text to go on from, or the question")
     sub.add_argument("--chat", action="store_true", help="put the prompt in the chat format")
-    sub.add_argument("--max-tokens", type=at_least(1), default=64)
+    sub.add_argument("--max-tokens", type=at_least(1), default=64, help="of the answer (default: 64)")
     sub.add_argument("--temperature", type=at_least(0, float), default=0.0, help="0 takes the likeliest token")
-    sub.add_argument("--top-p", type=top_p, default=1.0)
-    sub.add_argument("--seed", type=seed, default=0)
+    sub.add_argument("--top-p", type=top_p, default=1.0, help="draw among the likeliest with this share in all")
+    sub.add_argument("--seed", type=seed, default=0, help="of the draws")
 
     sub = add(
         "tokenizer",
@@ -120,12 +123,16 @@ def _parser() -> argparse.ArgumentParser:
         "demo_sft --batch 3 --row 0",
         True,
     )
-    sub.add_argument("--batch", type=at_least(0), default=0)
-    sub.add_argument("--row", type=at_least(0), default=0)
+    sub.add_argument("--batch", type=at_least(0), default=0, help="its number from 0 (default: 0)")
+    sub.add_argument("--row", type=at_least(0), default=0, help="of the batch, from 0 (default: 0)")
     return parser
 
 
-def _configs(_: Any) -> None:
+def _configs(arguments: Any) -> None:
+    if arguments.name:
+        for option, value in leaves(to_dict(configs.load(arguments.name, arguments.overrides))).items():
+            print(f"{option}={'none' if value is None else value}")
+        return
     for name in configs.registered():
         print(f"{name:24} {configs.summary(name)}")
 
@@ -184,15 +191,15 @@ def _generate(arguments: Any) -> None:
     from moe_jax.train.checkpoint import load_parameters
 
     cfg, parameters = load_parameters(arguments.run)
-    tokenizer = Tokenizer.load(Path(arguments.run) / "tokenizer.json")
+    tokenizer = Tokenizer.load(location(arguments.run) / "tokenizer.json")
     if arguments.chat:
         messages = [{"role": "user", "content": arguments.prompt}]
-        prompt = render_ids(messages, tokenizer, generation_prompt=True)[0].tolist()
+        ids = render_ids(messages, tokenizer, generation_prompt=True)[0].tolist()
     else:
-        prompt = [tokenizer.bos, *tokenizer.encode(arguments.prompt)]
+        ids = [tokenizer.bos, *tokenizer.encode(arguments.prompt)]
     stops = (tokenizer.end, tokenizer.eot)
     ids = Generator(cfg.model, parameters, cfg.quant).generate(
-        prompt,
+        ids,
         arguments.max_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,

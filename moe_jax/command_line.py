@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import math
 import os
 import select
@@ -14,6 +15,7 @@ from typing import Any
 from moe_jax.errors import INTERRUPTED, MISTAKEN, PREEMPTED, Preempted, UserError
 
 # Not ENOENT: a file that the program itself should have made is a fault of ours, and keeps its traceback.
+_BUCKETS = ("aiohttp", "gcsfs", "google")  # packages that raise what a bucket answers
 _MENDABLE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "mend the access, or name another place"),
@@ -79,6 +81,15 @@ def seed(text: str) -> int:
     return value
 
 
+def prompt(text: str) -> str:
+    """A type of option: text for a tokenizer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8 come as halves of surrogate pairs
+        raise argparse.ArgumentTypeError("the text is not UTF-8") from None
+    return text
+
+
 def top_p(text: str) -> float:
     """A type of option: a share of the probability, above 0 and at most 1."""
     value = at_least(0, float)(text)
@@ -94,11 +105,16 @@ def add_json(sub: argparse.ArgumentParser) -> None:
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; overrides may stand before and after them, which argparse cannot say by itself."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale without the characters of a text must not end a command
+            stream.reconfigure(errors="backslashreplace")
     arguments, rest = parser.parse_known_args(argv)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     unknown = [word for word in rest if word not in overrides]
     if unknown or (overrides and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
+        dashed = [word.lstrip("-") for word in unknown if "=" in word] if hasattr(arguments, "overrides") else []
+        hint = f"; options of the config have no dashes: {dashed[0]}" if dashed else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}{hint}")
     if overrides:
         arguments.overrides += overrides
     return arguments
@@ -107,6 +123,17 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 def drop_output() -> None:
     """Write what comes and what is buffered to nowhere; else the interpreter's end would try once more and fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _sentence(error: Exception) -> str:
+    """Cause and mend of what no code of ours could foresee; empty where it is a fault of ours."""
+    if type(error).__module__.partition(".")[0] in _BUCKETS:
+        reason = " ".join(str(error).split())[:300]
+        return f"a bucket cannot be reached ({reason}); check its name, the network and the access to it"
+    if not isinstance(error, OSError) or error.errno not in _MENDABLE:
+        return ""
+    where = ": ".join(filter(None, (error.filename2 or error.filename, error.strerror)))
+    return f"{where}; {_MENDABLE[error.errno]}"
 
 
 def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
@@ -132,10 +159,9 @@ def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
         said, status = f"error: {error}", MISTAKEN
     except Preempted as notice:
         said, status = f"preempted: {notice}", PREEMPTED
-    except OSError as error:
-        if error.errno not in _MENDABLE:
+    except Exception as error:
+        if not (sentence := _sentence(error)):
             raise
-        where = ": ".join(filter(None, (error.filename2 or error.filename, error.strerror)))
-        said, status = f"error: {where}; {_MENDABLE[error.errno]}", MISTAKEN
+        said, status = f"error: {sentence}", MISTAKEN
     print(said, file=sys.stderr, flush=True)
     return status

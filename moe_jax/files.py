@@ -29,10 +29,10 @@ AnyPath = str | os.PathLike[str]
 
 
 def location(path: AnyPath) -> epath.Path:
-    """A path that reads and writes alike on a disk (made absolute) and in a bucket."""
+    """A path that reads and writes alike on a disk (made absolute, `~` too) and in a bucket."""
     text = re.sub("^gs:/+", "gs://", os.fspath(path))  # pathlib folds the two slashes into one
     if not text.startswith("gs://"):
-        return epath.Path(os.path.abspath(text))
+        return epath.Path(os.path.abspath(os.path.expanduser(text)))
     _forget_listings()
     return epath.Path(text)
 
@@ -78,7 +78,7 @@ def write_bytes(path: AnyPath, data: bytes) -> None:
     if is_remote(path):
         remote_filesystem().pipe_file(str(location(path)), data)
         return
-    path = Path(path)
+    path = Path(location(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -35,7 +35,7 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
 
 def differences(a: Any, b: Any) -> dict[str, tuple[Any, Any]]:
     """Dotted name -> (value in `a`, value in `b`) of every option that differs between two configs."""
-    left, right = (_leaves(to_dict(config), "") for config in (a, b))
+    left, right = (leaves(to_dict(config)) for config in (a, b))
     names = [*left, *(name for name in right if name not in left)]
     pairs = {name: (left.get(name), right.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -79,13 +79,13 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}"
 
 
-def _leaves(data: Any, path: str) -> dict[str, Any]:
-    """Dotted name -> value; an empty or switched-off part is one leaf."""
+def leaves(data: Any, path: str = "") -> dict[str, Any]:
+    """Dotted name -> value of what `to_dict` gave; an empty or switched-off part is one leaf."""
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     if not items:
         return {path: data}
     dot = f"{path}." if path else ""
-    return {k: v for name, part in items for k, v in _leaves(part, f"{dot}{name}").items()}
+    return {k: v for name, part in items for k, v in leaves(part, f"{dot}{name}").items()}
 
 
 def _unwrap(hint: Any) -> tuple[Any, bool]:

@@ -113,6 +113,40 @@ def test_configs_are_listed_with_their_purpose(capsys):
     assert [line.split()[0] for line in lines] == list(configs.registered())
 
 
+def test_all_options_of_a_config_are_listed_as_they_are_typed(capsys):
+    assert main(["configs", "demo_sft", "steps=7", "model.moe=none"]) == 0
+    words = capsys.readouterr().out.splitlines()
+    assert {"steps=7", "model.moe=none", "data.sources.0.path=stdlib:chat"} <= set(words)
+    assert configs.load("demo_sft", words) == configs.load("demo_sft", ["steps=7", "model.moe=none"])
+
+
+def test_an_option_of_the_config_with_dashes_is_mended(capsys):
+    with pytest.raises(SystemExit):
+        main(["params", CONFIG, "--steps=4"])
+    assert "options of the config have no dashes: steps=4" in capsys.readouterr().err
+
+
+def test_what_a_bucket_answers_is_one_sentence(capsys):
+    class Refused(Exception):
+        __module__ = "gcsfs.retry"
+
+    def read(_: object) -> None:
+        raise Refused("no such\nbucket")
+
+    assert guarded(read, None) == 2
+    assert capsys.readouterr().err.startswith("error: a bucket cannot be reached (no such bucket); check")
+
+
+def test_a_prompt_that_is_no_utf8_and_a_screen_that_is_none_are_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "moe_jax", "generate", str(tmp_path), "--prompt", b"\xff"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 2 and done.stderr.endswith(b"argument --prompt: the text is not UTF-8\n")
+    environment = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "moe_jax", "configs", "demo_sft", "init_from=é"]
+    done = subprocess.run(command, capture_output=True, check=False, env=environment)
+    assert done.returncode == 0 and b"init_from=" in done.stdout
+
+
 def test_params_are_written_as_json_too(capsys, tmp_path):
     assert main(["params", CONFIG, "--json", str(tmp_path / "p.json"), "model.num_layers=2"]) == 0
     result = json.loads((tmp_path / "p.json").read_text())
@@ -195,7 +229,7 @@ def test_a_run_without_a_checkpoint_is_refused(capsys, tmp_path, command):
 
 
 def test_unknown_words_are_refused():
-    for words in (["train", CONFIG, "--run", "r", "--fast"], ["configs", "a=b"]):
+    for words in (["train", CONFIG, "--run", "r", "--fast"], ["inspect", "r", "a=b"]):
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == 2

@@ -28,7 +28,7 @@ def intact(name: str | Path) -> Iterator[None]:
     except (UserError, OSError, MemoryError):  # of other causes
         raise
     except Exception as error:
-        raise UserError(f"{name} is damaged ({error!r}); export it again") from None
+        raise UserError(f"{name} is damaged ({error or type(error).__name__}); export it again") from None
 
 
 def entries(table: Any, kind: str) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import islice
 
@@ -24,8 +25,10 @@ def build_tokenizer(
 
     Raises UserError where `output` exists: checkpoints may depend on it.
     """
+    if not os.fspath(output) or location(output).is_dir():
+        raise UserError(f"data.tokenizer is {str(output)!r}; name a file, such as data/tokenizer.json")
     if location(output).exists() and not overwrite:
-        raise UserError(f"{output} exists, and checkpoints may depend on it; name another file or overwrite it")
+        raise UserError(f"{output} exists, and checkpoints may depend on it; name another file or add --overwrite")
     texts = (document_text(d) for source in sources for d in iter_documents(source, max_bytes))
     tokenizer = Tokenizer.train(texts, vocab_size)
     tokenizer.save(output)

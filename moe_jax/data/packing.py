@@ -123,6 +123,10 @@ class PackedRows:
         else:
             self.layout = layout_chat(lengths, order, S, _any_trained(trained, source.offsets, S))
         if not len(self):
+            if trained is not None and not trained.any():
+                raise UserError(
+                    "no conversation has a message of the role 'assistant'; rename the roles of its files"
+                )
             raise UserError(f"no conversation has an assistant's answer within {S} tokens; raise data.seq_len")
 
     def __len__(self) -> int:

@@ -113,7 +113,7 @@ def make_train_iterator(
         tokens = sum(item["tokens"] for item in stats)
         raise UserError(
             f"the sources hold {tokens} tokens, {total} rows of {S}, less than one batch of {B}; "
-            f"add text or set data.global_batch_size to {total} or less"
+            f"add text or set data.global_batch_size to {total}{' or less' if total > 1 else ''}"
         )
     mixed = grain.MapDataset.mix(sources, [source.weight for source in config.sources])
     mixed = mixed[: 1 << 48]  # grain 0.2.18 cannot batch an endless dataset by one: its length overflows

@@ -50,7 +50,9 @@ def source_files(path: str) -> list[SourceFile]:
         return [_stat(str(file)) for file in corpus.stdlib_files(_STDLIB[path][1])]
     if path.startswith("stdlib:"):
         raise UserError(f"{path!r} is no part of the embedded corpus; use {', '.join(_STDLIB)}")
-    found = _list_bucket(path) if is_remote(path) else map(_stat, glob.glob(path, recursive=True))
+    found = (
+        _list_bucket(path) if is_remote(path) else map(_stat, glob.glob(os.path.expanduser(path), recursive=True))
+    )
     files = sorted(found, key=lambda file: Path(file.path))
     if not files:
         raise UserError(f"no file matches {path!r}; check the path of the source")
@@ -65,7 +67,10 @@ def source_files(path: str) -> list[SourceFile]:
 
 
 def _stat(path: str) -> SourceFile:
-    stat = os.stat(path)
+    try:
+        stat = os.stat(path)
+    except OSError as error:  # a link to nowhere, or in a circle
+        raise UserError(f"cannot read {path}: {error.strerror}; remove it or give a narrower path") from None
     return SourceFile(path, stat.st_size, str(stat.st_mtime_ns))
 
 
@@ -140,7 +145,7 @@ def _on_disk(path: str) -> Iterator[Path]:
 
 def _text(name: str, raw: bytes) -> str:
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig")  # some editors put a mark in front
     except UnicodeDecodeError as error:
         raise UserError(
             f"{name} is not UTF-8 at byte {error.start}; convert it, for example with iconv -t utf-8"
@@ -153,6 +158,8 @@ def _document(name: str, record: Any) -> Document:
         if isinstance(text := record.get("text"), str):
             return _sound(name, text)
         messages = record.get("messages")
+        if "messages" in record and not messages:
+            raise UserError(f"{name} has no message in its 'messages'; leave it out")
         if isinstance(messages, list) and messages:
             for message in messages:
                 parts = (message.get(key) for key in ("role", "content")) if isinstance(message, dict) else (None,)
@@ -182,8 +189,9 @@ def _read_jsonl(name: str, file: Path) -> Iterator[tuple[str, Document]]:
                 continue
             try:
                 record = json.loads(_text(place, line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{place} is not JSON ({error.msg}); write one object a line") from None
+            except (ValueError, RecursionError) as error:  # numbers of 4,300 digits, too
+                reason = getattr(error, "msg", None) or error
+                raise UserError(f"{place} is not JSON ({reason}); write one object a line") from None
             yield place, _document(place, record)
 
 
@@ -225,7 +233,7 @@ def _read_array_record(name: str, file: Path) -> Iterator[tuple[str, Document]]:
             text = _text(place, raw)
             try:
                 record = json.loads(text) if text.lstrip().startswith("{") else None
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 record = None
             yield place, text if record is None else _document(place, record)
     finally:

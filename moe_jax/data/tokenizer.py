@@ -107,15 +107,16 @@ class Tokenizer:
             content = location(path).read_bytes()
         except FileNotFoundError:
             raise UserError(
-                f"there is no tokenizer at {path}; train one with 'python -m moe_jax tokenizer'"
+                f"there is no tokenizer at {path}; copy the run's there, or train one with "
+                f"'python -m moe_jax tokenizer CONFIG data.tokenizer={path}'"
             ) from None
         except Exception as error:  # gcsfs raises errors of many kinds
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot read the tokenizer at {path}: {reason}") from None
+            raise UserError(f"cannot read the tokenizer at {path}: {reason}; name a tokenizer.json") from None
         try:
             backend = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises bare Exception for anything it cannot parse
-            raise UserError(f"{path} is no sound tokenizer.json ({error}); train or copy it again") from None
+            raise UserError(f"{path} is no sound tokenizer.json ({error}); copy it again") from None
         return Tokenizer(backend, str(path))
 
     def save(self, path: AnyPath) -> None:

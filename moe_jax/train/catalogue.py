@@ -81,12 +81,15 @@ def health(run_dir: AnyPath) -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: entry["step"])
 
 
-def clean(run_dir: AnyPath) -> None:
-    """Remove what a killed save or removal left behind."""
+def clean(run_dir: AnyPath) -> list[str]:
+    """Remove what a killed save or removal left behind; its names."""
+    removed = []
     for path in _entries(run_dir):
         unfinished = path.name.isdecimal() and not (path / FILE).exists()
         if unfinished or _UNCOMMITTED in path.name:
             remove(path)
+            removed.append(path.name)
+    return removed
 
 
 def remove(path: epath.Path) -> None:

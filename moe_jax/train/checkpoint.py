@@ -158,9 +158,9 @@ class Checkpoints:
 
         by_first("final", mark)
 
-    def clean(self) -> None:
-        """Remove what a killed save or removal left behind: whatever is half-written; nothing else is touched."""
-        by_first("clean", lambda: clean(self.run_dir))
+    def clean(self) -> list[str]:
+        """Remove what a killed save or removal left behind, whatever is half-written; the names of it."""
+        return by_first("clean", lambda: clean(self.run_dir))
 
     def _finish(self, response: ocp.AsyncResponse, record: Record) -> None:
         try:

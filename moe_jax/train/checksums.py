@@ -103,7 +103,7 @@ def wrong_content(
             reason = _of_size(name, file.stat().length, record)
             if reason is None and digest(file) != record.files[name][1]:
                 reason = f"{name} is not what was written (checksum)"
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):  # a file where a folder was, or so
             reason = _of_size(name, None, record)
         return reason
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 from moe_jax.data.pipeline import compression_bits_per_byte, heldout_batches, heldout_rows, heldout_text
 from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.files import AnyPath, location
 from moe_jax.overrides import apply
 from moe_jax.parallel.batches import put_batch
 from moe_jax.parallel.mesh import single_device_mesh
@@ -18,7 +18,7 @@ from moe_jax.train.step import make_eval_step
 _TOKENS = 16_384  # at a time: one device holds them, whatever the batch of all
 
 
-def evaluate(run_dir: str | Path, overrides: list[str] | None = None) -> dict[str, float | int]:
+def evaluate(run_dir: AnyPath, overrides: list[str] | None = None) -> dict[str, float | int]:
     """Held-out nats per token of a run's last checkpoint; of texts, bits per byte beside gzip -9 and xz -9.
 
     Every token but a text's first counts once, its end included; of conversations, those that are trained on. The
@@ -29,7 +29,7 @@ def evaluate(run_dir: str | Path, overrides: list[str] | None = None) -> dict[st
     stored = Checkpoints(run_dir).metadata()
     cfg = apply(config_of(path, stored), overrides or [])
     cfg = replace(cfg, model=cfg.model.dropless())
-    tokenizer = Tokenizer.load(Path(run_dir) / "tokenizer.json")
+    tokenizer = Tokenizer.load(location(run_dir) / "tokenizer.json")
     tokenizer.require(cfg.model.vocab_size, stored["tokenizer"])
     sources = zip(cfg.data.heldout, heldout_rows(cfg.data, tokenizer), strict=True)
     mesh = single_device_mesh()

@@ -42,6 +42,28 @@ def read_metrics(run_dir: AnyPath) -> list[dict[str, Any]]:
     return read_lines(location(run_dir) / "metrics.jsonl")
 
 
+class StepClock:
+    """Wall time, steps, tokens and where they were routed since the last line of the log."""
+
+    def __init__(self) -> None:
+        self._since, self._steps, self._real, self._trained = time.perf_counter(), 0, 0, 0.0
+        self._routed: dict[str, np.ndarray] = {}
+
+    def add(self, values: dict[str, Any]) -> None:
+        """One more step, with its metrics on the host."""
+        self._steps, self._real = self._steps + 1, self._real + int(values["real"])
+        self._trained += float(values["tokens"])
+        for name in ("counts_LE", "dropped_L"):
+            self._routed[name] = self._routed.get(name, 0) + values[name]
+
+    def lap(self) -> tuple[dict[str, np.ndarray], float, int, float]:
+        """(routing of all steps, seconds and real tokens per step, trained tokens of all), and start anew."""
+        seconds = (time.perf_counter() - self._since) / self._steps
+        found = self._routed, seconds, self._real // self._steps, self._trained
+        self.__init__()
+        return found
+
+
 class Metrics:
     """The log of one run folder, opened at `step` (the steps already done); closes as a context manager.
 

@@ -28,6 +28,7 @@ _MAY_CHANGE = (
     "data.cache_dir",
 )  # fmt: skip
 _DATA = ("data.sources", "data.max_bytes")  # and these where the user says so
+_HELD = "'python -m moe_jax inspect {} --json found.json' gives what its last checkpoint holds as config"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 # What a supervisor, or a start that ended before config.json was written, may have left.
 _BEFORE = ("launch.json", "process-*.log", "events.jsonl", "hang-*.txt")
@@ -42,18 +43,23 @@ def changed_options(cfg: RunConfig, run_dir: epath.Path, new_data: bool = False)
     path = run_dir / "config.json"
     if not path.exists():
         if run_dir.exists() and (not run_dir.is_dir() or any(map(_foreign, run_dir.iterdir()))):
+            if (run_dir / "checkpoints").is_dir():
+                raise UserError(f"{path} is gone; put it back ({_HELD.format(run_dir)})")
             raise UserError(f"{run_dir} exists and is no run folder; name another with --run")
         return {}
     try:
         stored = from_dict(RunConfig, json.loads(path.read_text()))
     except (ValueError, UserError) as error:
-        raise UserError(f"{path} cannot be read ({error}); name another folder with --run") from None
+        raise UserError(
+            f"{path} cannot be read ({error}); put it back ({_HELD.format(run_dir)}), or name another folder"
+        ) from None
     changed = differences(stored, cfg)
     allowed = _MAY_CHANGE + (_DATA if new_data else ())
     if refused := {name: values for name, values in changed.items() if not name.startswith(allowed)}:
-        raise UserError(
-            f"{run_dir} holds another run: {listed(refused)}; restore the options or name another folder"
-        )
+        mend = "restore the options or name another folder"
+        if all(name.startswith(_DATA) for name in refused):
+            mend = "restore them, name another folder, or go on with --new-data"
+        raise UserError(f"{run_dir} holds another run: {listed(refused)}; {mend}")
     return changed
 
 

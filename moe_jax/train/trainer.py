@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -38,7 +37,7 @@ from moe_jax.train.catalogue import checkpoint_path, complete_records, complete_
 from moe_jax.train.checkpoint import Checkpoints, config_of, final_step, restore_model
 from moe_jax.train.goodput import Goodput
 from moe_jax.train.guard import BadStep, LossGuard
-from moe_jax.train.metrics import History, Metrics
+from moe_jax.train.metrics import History, Metrics, StepClock
 from moe_jax.train.run_folder import changed_model, changed_options, describe_run, listed
 from moe_jax.train.state import TrainState, abstract_state, init_state
 from moe_jax.train.step import make_eval_step, make_train_step
@@ -153,7 +152,12 @@ class _Trainer:
 
     def run(self, changes: dict[str, tuple[Any, Any]]) -> None:
         """Train to the last step, going back and past bad batches where the config says so."""
-        self.checkpoints.clean()
+        if removed := self.checkpoints.clean():
+            print(
+                f"removed {', '.join(removed)}, which no save ended (no checksums.json)",
+                file=sys.stderr,
+                flush=True,
+            )
         step = self._restore()
         if step == self.cfg.steps:
             self.checkpoints.mark_final(step)  # it may be of a run that was to go further
@@ -178,6 +182,8 @@ class _Trainer:
         self._tell_completed()
         self._tell_goodput(self.cfg.steps)
         self.history.event("end", self.cfg.steps)
+        if is_first():
+            print(f"complete at step {self.cfg.steps}: {self.run_dir}", file=sys.stderr, flush=True)
         barrier("end")
 
     def _restore(self) -> int:
@@ -224,7 +230,7 @@ class _Trainer:
 
     def _train(self, start: int, metrics: Metrics) -> BadStep | None:
         """Step from `start` to the end, or to a bad step."""
-        cfg, clock, several = self.cfg, _Clock(), jax.process_count() > 1
+        cfg, clock, several = self.cfg, StepClock(), jax.process_count() > 1
         self.saved = time.monotonic()
         for step in range(start + 1, cfg.steps + 1):
             with self.goodput.spent(self._data_or_step):
@@ -234,7 +240,7 @@ class _Trainer:
                 arrays["votes"] = put_votes(self.mesh, self._vote())
             if self.train_step is None:
                 self._compile(step, arrays)
-                clock = _Clock()
+                clock = StepClock()
             self.state, values = self.train_step(self.state, arrays)  # pyrefly: ignore[not-callable]
             bad, vote_of_all = self._settle(metrics, clock)
             if bad:
@@ -247,7 +253,7 @@ class _Trainer:
                     return bad
                 metrics.flush()
                 self._save(step, wait=vote_of_all == _STOP)
-                clock = _Clock()  # no step's time holds a save
+                clock = StepClock()  # no step's time holds a save
                 if vote_of_all == _STOP:
                     raise Preempted(
                         f"{self.stop.name or 'another process'}: step {step} is saved in {self.run_dir}"
@@ -261,7 +267,7 @@ class _Trainer:
         loss: Any = self.pending and self.pending.metrics["loss"]
         return "data" if loss is None or loss.is_ready() else "step"
 
-    def _settle(self, metrics: Metrics, clock: _Clock, saving: bool = False) -> tuple[BadStep | None, int]:
+    def _settle(self, metrics: Metrics, clock: StepClock, saving: bool = False) -> tuple[BadStep | None, int]:
         """Wait for the pending step and log it where it is due: (what was wrong with it, what all voted)."""
         done, self.pending = self.pending, None
         if done is None:
@@ -373,25 +379,3 @@ class _Trainer:
         print(f"{sentence}: back to step {step}, past that batch", file=sys.stderr, flush=True)
         self.history.event("rolled_back", bad.step, to=step)
         return step
-
-
-class _Clock:
-    """Wall time, steps, tokens and where they were routed since the last line of the log."""
-
-    def __init__(self) -> None:
-        self._since, self._steps, self._real, self._trained = time.perf_counter(), 0, 0, 0.0
-        self._routed: dict[str, np.ndarray] = {}
-
-    def add(self, values: dict[str, Any]) -> None:
-        """One more step, with its metrics on the host."""
-        self._steps, self._real = self._steps + 1, self._real + int(values["real"])
-        self._trained += float(values["tokens"])
-        for name in ("counts_LE", "dropped_L"):
-            self._routed[name] = self._routed.get(name, 0) + values[name]
-
-    def lap(self) -> tuple[dict[str, np.ndarray], float, int, float]:
-        """(routing of all steps, seconds and real tokens per step, trained tokens of all), and start anew."""
-        seconds = (time.perf_counter() - self._since) / self._steps
-        found = self._routed, seconds, self._real // self._steps, self._trained
-        self.__init__()
-        return found

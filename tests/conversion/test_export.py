@@ -42,7 +42,7 @@ def float_run(tokenizer, tmp_path_factory) -> Path:
 def made(run, tmp_path_factory) -> dict[str, Any]:
     said: list[str] = []
     output = tmp_path_factory.mktemp("exported") / "made" / "m.litertlm"
-    return export(run, output, prefill=(4, 4096), say=said.append) | {"said": said, "folder": output.parent}
+    return export(run, output, prefill=(4,), say=said.append) | {"said": said, "folder": output.parent}
 
 
 def test_a_run_becomes_a_bundle_and_a_safetensors_file_beside_it(run, made):
@@ -59,6 +59,12 @@ def test_a_run_becomes_a_bundle_and_a_safetensors_file_beside_it(run, made):
         want.int4(n).codes.size for n in want.int4_names()
     )
     assert made["sha256"] == hashlib.sha256((made["folder"] / "m.litertlm").read_bytes()).hexdigest()
+
+
+def test_a_prefill_that_the_context_cannot_hold_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match="--prefill 4096 is more than the context of 64; ask for at most that"):
+        export(run, tmp_path / "m.litertlm", prefill=(4, 4096))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["m.litertlm", "m.safetensors"])

@@ -167,7 +167,11 @@ def test_heldout_text_is_refused_before_training_where_nothing_in_it_can_be_meas
         heldout_rows(missing, tokenizer)
     (tmp_path / "open.jsonl").write_text('{"messages": [{"role": "user", "content": "alone"}]}\n')
     unanswered = dataclasses.replace(config, heldout=(SourceConfig(f"{tmp_path}/open.jsonl", kind="chat"),))
-    with pytest.raises(UserError, match="no conversation has an assistant's answer"):
+    with pytest.raises(UserError, match="has a message of the role 'assistant'; rename the roles"):
+        heldout_rows(unanswered, tokenizer)
+    long = [{"role": "user", "content": sentence(1, 300)}, {"role": "assistant", "content": "late"}]
+    (tmp_path / "open.jsonl").write_text(json.dumps({"messages": long}) + "\n")
+    with pytest.raises(UserError, match="no conversation has an assistant's answer within 64 tokens; raise"):
         heldout_rows(unanswered, tokenizer)
 
 

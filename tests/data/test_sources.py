@@ -58,15 +58,36 @@ def refusal(tmp_path: Path, name: str, content: bytes, kind: str = "text") -> st
         ("i.jsonl", b"[1]", "text", "line 1 has neither"),
         ("j.jsonl", b'{"messages": [{"role": "user"}]}', "chat", "without a role and a content"),
         ("k.jsonl", b'{"messages": ["hi"]}', "chat", "without a role and a content"),
-        ("l.jsonl", b'{"messages": []}', "chat", "has neither"),
+        ("l.jsonl", b'{"messages": []}', "chat", "has no message in its 'messages'; leave it out"),
         ("m.jsonl", b'{"text": "\\ud800"}', "text", "half a surrogate pair"),
         ("n.jsonl", json.dumps({"messages": CHAT}).encode(), "text", "set its kind to chat"),
+        ("q.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "text", "line 1 is not JSON"),
+        ("r.jsonl", b"[" * 100_000, "text", "line 1 is not JSON"),
         ("o.parquet", b"no parquet at all", "text", "not a sound Parquet file"),
         ("p.array_record", b"no array record", "text", "not a sound ArrayRecord"),
     ],
 )
 def test_bad_input_is_named_with_its_mend(tmp_path, name, content, kind, words):
     assert words in refusal(tmp_path, name, content, kind)
+
+
+def test_a_mark_in_front_of_a_file_is_no_part_of_its_text(tmp_path):
+    for name, content in (("a.txt", b"words"), ("b.jsonl", b'{"text": "words"}')):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+        assert list(iter_documents(SourceConfig(str(tmp_path / name)))) == ["words"]
+
+
+@pytest.mark.parametrize("target", ["nowhere.txt", "link.txt"])
+def test_a_link_to_nowhere_or_in_a_circle_is_named(tmp_path, target):
+    (tmp_path / "link.txt").symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match=r"cannot read .*link\.txt: .*; remove it or give a narrower path"):
+        list(iter_documents(SourceConfig(f"{tmp_path}/*.txt")))
+
+
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("words")
+    assert list(iter_documents(SourceConfig("~/a.txt"))) == ["words"]
 
 
 def test_truncated_binary_files_are_refused(tmp_path):

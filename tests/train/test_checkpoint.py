@@ -150,6 +150,15 @@ def test_damage_is_named_and_set_aside_and_the_one_before_is_restored(tiny, run,
     assert [e["state"] for e in health(run)] == ["complete", "damaged"]
 
 
+def test_a_file_in_place_of_a_folder_is_damage(tiny, run):
+    shutil.rmtree(run / "checkpoints/12/model")
+    (run / "checkpoints/12/model").write_text("")
+    checkpoints = Checkpoints(run)
+    found = checkpoints.restore_latest(abstract_state(tiny.cfg, single_device_mesh()))
+    assert found is not None and found[2] == 8
+    assert checkpoints.set_aside[0]["reason"].endswith("is missing")
+
+
 def test_an_altered_record_is_damage(tiny, run):
     path = run / "checkpoints/12/checksums.json"
     path.write_text(path.read_text().replace('"final": true', '"final": false'))
@@ -183,7 +192,7 @@ def test_half_written_folders_do_not_count_and_are_cleaned(run):
     (run / "checkpoints/16.orbax-checkpoint-tmp").mkdir()
     (run / "checkpoints/20.damaged-1").mkdir()
     assert complete_steps(run) == [8]
-    Checkpoints(run).clean()
+    assert sorted(Checkpoints(run).clean()) == ["12", "16.orbax-checkpoint-tmp"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["20.damaged-1", "8"]
 
 

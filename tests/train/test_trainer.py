@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import shutil
 import signal
@@ -233,6 +232,31 @@ def test_options_that_change_no_batch_may_change_on_resume_and_are_listed(tiny, 
         tiny.fit(run)
 
 
+def test_a_run_without_its_config_says_where_to_find_it(tiny, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config.json is gone; put it back \('python -m moe_jax inspect .*--json"):
+        tiny.fit(run)
+
+
+def test_a_finished_run_says_so(tiny, finished, tmp_path, capsys):
+    tiny.fit(shutil.copytree(finished, tmp_path / "run"))
+    assert capsys.readouterr().err.endswith(f"complete at step 12: {tmp_path / 'run'}\n")
+
+
+def test_what_all_steps_routed_is_in_the_lines_that_are_written(tiny, finished, tmp_path):
+    run = tiny.fit(
+        tmp_path / "run", "log_every=4", "model.moe.dispatch=drop_and_pad", "model.moe.capacity_factor=0.5"
+    )
+    every = tiny.fit(tmp_path / "every", "model.moe.dispatch=drop_and_pad", "model.moe.capacity_factor=0.5")
+    lines, all_lines = (read_metrics(folder) for folder in (run, every))
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    for index, line in enumerate(lines):
+        part = all_lines[4 * index : 4 * index + 4]
+        assert line["dropped"] == [sum(d) for d in zip(*(p["dropped"] for p in part), strict=True)]
+        assert sum(line["dropped"]) > 0
+
+
 @pytest.mark.parametrize("content", ["notes.txt", "config.json"])
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tiny, tmp_path, content):
     (tmp_path / content).write_text("mine")
@@ -273,6 +297,8 @@ def test_changed_data_is_refused_on_resume(tiny, finished, tmp_path):
         corpus.write_text(kept + " more alpha")
         with pytest.raises(UserError, match=r"train\.txt"):
             tiny.fit(run, "steps=14")
+        with pytest.raises(UserError, match=r"data.sources.0.path was .*, or go on with --new-data"):
+            tiny.fit(run, f"data.sources.0.path={tiny.root}/train.*")
         fit(tiny.variant("steps=14"), run, jax.devices()[:1], new_data=True)
     finally:
         corpus.write_text(kept)
@@ -362,38 +388,6 @@ def test_stages_follow_each_other_and_complete_ones_are_skipped(tiny, finished, 
     assert run_stages(configs, tmp_path) == folders and fitted == ["midtrain"]
     with pytest.raises(UserError, match="same name"):
         run_stages([tiny.cfg, tiny.cfg], tmp_path)
-
-
-def test_evaluation_is_in_bits_of_the_same_bytes(finished, tmp_path, capsys):
-    assert main(["evaluate", str(finished), "--json", str(tmp_path / "eval.json")]) == 0
-    result = json.loads((tmp_path / "eval.json").read_text())
-    assert f"{result['nats_per_token']:.4f}" in capsys.readouterr().out
-    assert result["step"] == 12 and result["bytes"] > result["tokens"] > 0
-    bits = result["nats_per_token"] * result["tokens"] / math.log(2) / result["bytes"]
-    assert math.isclose(result["bits_per_byte_model"], bits)
-    assert 0 < result["bits_per_byte_xz9"] < 8 and 0 < result["bits_per_byte_gzip9"] < 8
-    assert result["nats_per_token"] < 0.8 * math.log(VOCAB)
-
-
-def test_conversations_are_evaluated_in_nats_and_leave_the_text_as_it_is(finished, tmp_path):
-    lines = [{"messages": [{"role": r, "content": f"beta {n}"} for r in ("user", "assistant")]} for n in range(9)]
-    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    talk = json.dumps({"path": f"{tmp_path}/talk.jsonl", "kind": "chat", "weight": 1.0})
-    text = evaluation.evaluate(finished)
-    both = evaluation.evaluate(finished, [f"data.heldout.1={talk}"])
-    alone = evaluation.evaluate(finished, [f"data.heldout=[{talk}]"])
-    assert set(alone) == {"step", "tokens", "nats_per_token"} and alone["tokens"] > 9
-    assert both["bits_per_byte_model"] == text["bits_per_byte_model"]
-    nats = [found["tokens"] * found["nats_per_token"] for found in (text, alone, both)]
-    assert nats[0] + nats[1] == pytest.approx(nats[2])
-
-
-def test_evaluation_takes_few_tokens_at_a_time_whatever_the_batch_of_training(finished, monkeypatch):
-    sizes = []
-    put = evaluation.put_batch
-    monkeypatch.setattr(evaluation, "put_batch", lambda b, mesh: sizes.append(b["tokens"].size) or put(b, mesh))
-    small, large = (evaluation.evaluate(finished, [f"data.global_batch_size={n}"]) for n in (1, 4096))
-    assert small == large and max(sizes) <= 16_384
 
 
 def test_generation_goes_on_with_a_prompt(finished, capsys):
