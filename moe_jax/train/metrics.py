@@ -46,6 +46,9 @@ class StepClock:
     """Wall time, steps, tokens and where they were routed since the last line of the log."""
 
     def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
         self._since, self._steps, self._real, self._trained = time.perf_counter(), 0, 0, 0.0
         self._routed: dict[str, np.ndarray] = {}
 
@@ -60,7 +63,7 @@ class StepClock:
         """(routing of all steps, seconds and real tokens per step, trained tokens of all), and start anew."""
         seconds = (time.perf_counter() - self._since) / self._steps
         found = self._routed, seconds, self._real // self._steps, self._trained
-        self.__init__()
+        self._start()
         return found
 
 
