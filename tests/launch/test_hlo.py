@@ -133,6 +133,19 @@ ROOT %splash_mqa_fwd.1 = bf16[2,4,512,64] custom-call(%m, %q, %k, %k), custom_ca
     assert kernel == {"splash_mqa_fwd": Kernel(1, each * (512 * 512 + 512 * 513 / 2), each * 512 * 1024)}
 
 
+def test_a_backward_kernel_that_makes_the_gradient_of_the_queries_too_has_a_product_more():
+    call = r"""%q = bf16[2,4,512,64] parameter(0)
+ROOT %splash_mha_dkv.1 = (MORE, bf16[2,4,512,64], bf16[2,4,512,64]) custom-call(%q, %q, %q, %q), \
+custom_call_target="tpu_custom_call", x={
+"xprof_metadata":"{\"block_q_dkv\": 256, \"block_kv_dkv\": 256, \"q_layout\": 1, \"k_layout\": 1}"
+}, metadata={op_name="attend"}"""
+    each, needed, issued = 2 * 2 * 4 * 64, 512 * 513 / 2, 3 * 256 * 256
+    for more, products in (("bf16[2,4,512]", 4), ("bf16[2,2,4,512,64]", 5)):
+        kernel = Kernel(1, products * each * needed, products * each * issued)
+        text = step(call.replace("MORE", more).replace("\\\n", ""))
+        assert read_program(text).kernels == {"splash_mha_dkv": kernel}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("name", [*NAMES, "too_big"])
 def test_the_compiler_still_writes_what_is_read_here(name):
@@ -212,8 +225,18 @@ def test_what_is_not_a_module_is_refused():
             "1,4,4,3", "3,3,3,5", "1,4,4,5",
             "convolution, window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f", 10 * 10 * 3 * 5,
         ),
+        # Three taps two apart: the outer ones miss two of eight places each.
+        (
+            "1,8,4", "3,4,5", "1,8,5",
+            "convolution, window={size=3 pad=2_2 rhs_dilate=2}, dim_labels=b0f_0io->b0f", (6 + 8 + 6) * 4 * 5,
+        ),
+        # Each of eight batches makes one feature of its own.
+        (
+            "8,16,4", "16,4,8", "1,1,8",
+            "convolution, window={size=16}, dim_labels=b0f_0io->b0f, batch_group_count=8", 8 * 16 * 4,
+        ),
     ],
-    ids=["dot", "batch", "summed batch", "image"],
+    ids=["dot", "batch", "summed batch", "image", "taps apart", "batch groups"],
 )  # fmt: skip
 def test_products_are_counted_from_their_shapes(lhs, rhs, out, attributes, adds):
     opcode, _, rest = attributes.partition(", ")

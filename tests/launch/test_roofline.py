@@ -68,3 +68,18 @@ def test_a_device_that_is_half_a_chip_has_half_of_everything():
 )
 def test_a_ring_sends_all_but_its_own_part(collective, topology, seconds):
     assert collective_seconds(collective, CHIP, topology) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("collective", "seconds"),
+    [
+        # Eight devices are four chips, which lie along one axis; half of its link each.
+        (Collective("all-gather", 8, 1, 1, 64), 56 / (1 / 2)),
+        (Collective("collective-permute", 2, 1, 1, 8), 8 / (1 / 2)),
+        (Collective("collective-permute", 2, 2, 1, 8), 8 / (0.5 / 2)),
+        # No link is left of a device's own chip, and half of the network.
+        (Collective("all-reduce", 2, 2, 1, 8), 2 * 8 / 2 / (0.5 / 2)),
+    ],
+)
+def test_devices_of_one_chip_share_its_links_and_its_network(collective, seconds):
+    assert collective_seconds(collective, replace(CHIP, devices_per_chip=2), (4, 4)) == pytest.approx(seconds)
