@@ -76,9 +76,14 @@ def read_record(run: str) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except Exception as error:
         raise UserError(f"{path} cannot be read ({_line(error)}); start the run by its own command") from None
-    if not isinstance(record, dict) or record.get("format") != _FORMAT:
+    if not is_record(record):
         raise UserError(f"{path} is no record of this launcher; start the run by its own command")
     return record
+
+
+def is_record(found: Any) -> bool:
+    """Whether this is what `job_record` makes; other programs have a launch.json too."""
+    return isinstance(found, dict) and found.get("format") == _FORMAT
 
 
 def rebuild(record: dict[str, Any]) -> tuple[str, dict[str, Any]]:

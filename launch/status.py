@@ -20,7 +20,7 @@ from typing import Any
 
 from etils import epath
 
-from launch.record import RECORD
+from launch.record import RECORD, is_record
 from moe_jax.command_line import add_command, add_json
 from moe_jax.errors import UserError
 from moe_jax.files import is_remote, location, parts, read_lines, remote_filesystem, write_json
@@ -50,7 +50,8 @@ def run_status(run: str, verify: bool = False) -> dict[str, Any]:
         UserError: the folder holds no run.
     """
     root = location(run)
-    record = _json(root / RECORD)
+    found = _json(root / RECORD)
+    record = found if is_record(found) else {}
     planned = [(cfg["stage"], cfg["steps"]) for cfg in record.get("resolved", {}).values()]
     folders = [root] if _is_run(root) else _stage_folders(root, [stage for stage, _ in planned])
     stages = [stage_status(folder, verify) for folder in folders]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -92,7 +94,71 @@ def test_a_run_that_has_only_been_recorded_is_waiting(tmp_path, capsys):
     assert "waiting" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("config", ['{"architectures": ["X"]}', "[1]", "{"])
+def extended(finished, tmp_path, seconds: list[float]) -> Path:
+    """The finished run as one of 20 steps, whose last steps took so many seconds each."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"steps": 20}))
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    lines = [json.dumps(line | {"seconds": value}) + "\n" for value in seconds]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    return run
+
+
+def test_a_final_checkpoint_of_fewer_steps_than_are_asked_for_by_now_does_not_complete_a_run(finished, tmp_path):
+    status = run_status(str(extended(finished, tmp_path, [1.0])))
+    assert (status["stages"][0]["state"], status["complete"]) == ("stopped", False)
+
+
+def test_the_time_left_follows_from_the_usual_one_of_the_last_steps(finished, tmp_path):
+    # A slow start is forgotten; a pause that one of the last steps took is not taken for the pace.
+    run = extended(finished, tmp_path, [50.0] * 30 + [2.0] * 19 + [600.0])
+    assert run_status(str(run))["stages"][0]["seconds_left"] == (20 - 12) * 2
+
+
+def test_without_a_log_a_run_stands_where_its_newest_checkpoint_does_that_is_not_damaged(finished, tmp_path):
+    run = extended(finished, tmp_path, [])
+    assert run_status(str(run))["stages"][0]["step"] == 12
+    (run / "checkpoints/12/checksums.json").write_text("{}")
+    (stage,) = run_status(str(run))["stages"]
+    assert [c["state"] for c in stage["checkpoints"]] == ["complete", "damaged"] and stage["step"] == 8
+
+
+def test_a_run_that_somebody_goes_on_with_is_running_even_if_it_was_complete(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    with exclusive(run):
+        assert run_status(str(run))["stages"][0]["state"] == "running"
+    assert run_status(str(run))["stages"][0]["state"] == "complete"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"resolved": {"a": {}}},
+        {"resolved": [1]},
+        {"resolved": None},
+        {"format": "of another program", "resolved": {"a": {"stage": "x", "steps": 1}}, "job": 3},
+        {"version": "0.2.0", "configurations": []},
+    ],
+    ids=str,
+)
+def test_another_programs_record_is_no_record_and_changes_nothing_of_what_is_shown(
+    finished, tmp_path, capsys, record
+):
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    (folder / "launch.json").write_text(json.dumps(record))
+    assert main(["status", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "holds no run" in error and error.count("\n") == 1
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "launch.json").write_text(json.dumps(record))
+    status = run_status(str(run))
+    assert status["complete"] and len(status["stages"]) == 1
+    assert (status["launcher"], status["where"]) == (None, {})
+
+
+@pytest.mark.parametrize("config", ['{"architectures: ["X"]}', "[1]", "{"])
 def test_a_folder_of_somebody_else_is_no_run(tmp_path, capsys, config):
     (tmp_path / "config.json").write_text(config)
     assert main(["status", str(tmp_path)]) == 2
@@ -105,6 +171,17 @@ def test_a_trainer_is_seen_by_its_lock_alone_while_it_lives(tmp_path):
     with exclusive(tmp_path):
         assert f"process {os.getpid()} on " in holder(folder)
     assert (tmp_path / ".lock").exists() and holder(folder) == ""
+
+
+def test_a_trainer_of_another_machine_is_seen_while_it_writes(tmp_path):
+    lock, log, text = tmp_path / ".lock", tmp_path / "metrics.jsonl", f"process 1 on not-{socket.gethostname()}"
+    lock.write_text(text)
+    log.write_text("")
+    before = time.time() - 3600
+    os.utime(lock, (before, before))  # it is written once, at the start
+    assert holder(location(tmp_path)) == text
+    os.utime(log, (before, before))
+    assert holder(location(tmp_path)) == ""
 
 
 def test_a_run_in_a_bucket_is_read_and_its_holder_seen(finished, bucket):
