@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.jobset import manifest, render
+from launch.jobset import hints, manifest, render
 from launch.record import read_record
 from moe_jax.errors import HUNG, UserError
 from tests.launch.pod_jobs import NASTY, TOPOLOGIES, calls, expanded, fake_tools, job, run
@@ -154,6 +154,26 @@ def test_preemption_never_eats_restarts_and_a_wrong_configuration_ends_the_job()
     assert decide(found, 75) == decide(found, 137, disrupted=True) == "RestartJobSetAndIgnoreMaxRestarts"
     assert decide(found, 2) == "FailJobSet"
     assert [decide(found, status) for status in (1, 134, 137, 22, 200, HUNG)] == ["RestartJobSet"] * 6
+
+
+def test_pods_find_each_other_share_memory_and_stay_on_the_nodes_of_one_slice():
+    found, spec = manifest(job()), pod()["spec"]
+    assert found["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+    assert found["spec"]["network"] == {"enableDNSHostnames": True, "subdomain": "mobilemoe-s"}
+    assert {"key": "google.com/tpu", "operator": "Exists"} in spec["tolerations"]
+    (mount,), (volume,) = spec["containers"][0]["volumeMounts"], spec["volumes"]
+    assert mount == {"name": volume["name"], "mountPath": "/dev/shm"}
+    assert volume["emptyDir"] == {"medium": "Memory"}
+    # A pod that fails stays as it is, and its Job fails with it: JobSet alone starts anew, and all of them.
+    rules = found["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert spec["restartPolicy"] == "Never" and [rule["action"] for rule in rules] == ["FailJob"] * 3
+
+
+@pytest.mark.parametrize(("topology", "hosts"), [("v5e-256", 64), ("v5p-128", 16), ("v6e-1", 1), ("tpu7x-128", 16)])
+def test_the_printed_node_pool_has_a_node_for_every_host(topology, hosts):
+    assert f"--num-nodes={hosts}" in "\n".join(hints(job(topology=topology))).split()
 
 
 def test_spot_reservation_account_and_grace_reach_the_pod():

@@ -146,6 +146,17 @@ def test_the_cause_is_found_behind_a_peer_that_it_took_along(tmp_path, capfd):
     assert capfd.readouterr().err == "error: mend it\n"
 
 
+def test_a_crash_after_an_orderly_end_ends_the_rest_which_may_have_waited_for_a_last_save(tmp_path, capfd):
+    job = scripted(tmp_path, [["save"], ["see a save", 0.5, 1], ["sleep", "late"]], max_restarts=0)
+    assert supervise(job) == 1
+    out = capfd.readouterr().out
+    assert "process 1 exited with status 1" in out and "late" not in out
+
+
+def test_a_killed_process_without_restarts_gives_the_status_of_a_shell(tmp_path):
+    assert supervise(scripted(tmp_path, [[[signal.SIGKILL]]], max_restarts=0)) == 128 + signal.SIGKILL
+
+
 def test_crashes_without_a_new_checkpoint_are_spaced_out(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr("launch.local._LONGEST_PAUSE", 1.5)
     assert supervise(scripted(tmp_path, [["save", 1]], [[1]], [[1]], [[]])) == 0
@@ -290,6 +301,13 @@ def test_a_notice_is_passed_on_and_waited_for(tmp_path, number):
     child.send_signal(number)
     out, _ = child.communicate(timeout=60)
     assert child.returncode == PREEMPTED and out.count("saving") == 2, out
+
+
+def test_a_notice_to_one_that_is_still_starting_is_a_preemption_all_the_same(tmp_path):
+    child = drive(tmp_path, [["sleep"]])  # it has no handler yet
+    child.send_signal(signal.SIGTERM)
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == PREEMPTED and "process 0 was killed by SIGTERM when it was told to end" in out
 
 
 def test_a_second_interrupt_kills(tmp_path):

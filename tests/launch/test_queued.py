@@ -87,6 +87,17 @@ def test_the_command_asks_for_slices_by_the_names_of_google():
     assert not [word for word in one if word.startswith(("--accelerator-type", "--node-count"))]
 
 
+def test_the_container_has_the_hosts_network_and_the_time_for_its_final_save_and_the_machine_its_account():
+    queued = job("queued", grace_seconds=90, service_account="trainer@p")
+    done = bash(startup_script(queued), functions="""gcloud() { :; }; docker() { [ "$1" = rm ] || echo "$@"; }\n""")
+    words = done.stdout.decode().split()
+    options = words[: words.index(queued.image)]
+    # Processes of other machines reach the coordinator by the host's own address; the TPU needs its devices.
+    assert {"--network=host", "--ipc=host", "--privileged", "--stop-timeout=90"} <= set(options)
+    assert "--service-account=trainer@p" in create_command(queued, "s")
+    assert not [word for word in create_command(job("queued"), "s") if "service-account" in word]
+
+
 def test_the_commands_for_all_workers_are_printed():
     text = render(job("queued", slices=2))
     for words in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 
@@ -53,6 +54,24 @@ def test_the_line_says_what_the_manifest_says():
     } < set(words)  # fmt: skip
     assert "--command=python -m moe_jax train mobilemoe_s seed=3 mesh.slices=2 --run gs://b/mobilemoe-s" in words
     assert shlex.split(render(job("xpk", slices=2))) == command_line(job("xpk", slices=2))
+
+
+def test_capacity_is_asked_for_as_it_was_paid_for():
+    def asked(**fields) -> list[str]:
+        return [word for word in command_line(job("xpk", **fields)) if word.startswith(("--reserv", "--spot"))]
+
+    assert asked(reservation="r") == ["--reservation=r"] and asked(spot=True) == ["--spot"] and asked() == []
+
+
+def test_paths_that_no_host_has_are_named_those_of_the_held_out_text_too(capfd):
+    def listed(*paths: str) -> str:
+        return json.dumps([{"path": path, "weight": 1, "kind": "text"} for path in paths])
+
+    data = [f"data.sources={listed('a.txt', 'gs://b/c.txt')}", f"data.heldout={listed('d.txt', '/e.txt')}"]
+    assert run(*XPK, "--cluster", "c", *data, "data.tokenizer=f.json", "init_from=runs/g") == 0
+    lines = capfd.readouterr().err.splitlines()
+    named = [line.split()[1] for line in lines if line.endswith(" is neither in the bucket nor in the image")]
+    assert named == ["a.txt", "d.txt", "f.json", "runs/g"]
 
 
 def test_submit_runs_what_is_printed_and_names_a_missing_tool(tmp_path, monkeypatch, capfd, bucket):
