@@ -286,7 +286,7 @@ def test_a_job_that_does_not_fit_is_refused_before_anything_is_printed_and_one_t
     assert run(*GKE, check_fit=too_big) == 2
     assert capfd.readouterr() == ("", "error: pretrain does not fit 16x16 x 2; take a larger topology\n")
     assert run(*GKE, "--env", "A=b", check_fit=lambda *_: 1e4) == 0
-    assert "pretrain: about 166,667 chip-hours" in capfd.readouterr().err
+    assert "pretrain: at least 166,667 chip-hours" in capfd.readouterr().err
 
 
 def test_a_mistyped_option_is_refused_before_anything_is_printed(capfd):
