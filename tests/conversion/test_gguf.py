@@ -70,11 +70,15 @@ def test_rows_of_a_head_are_in_the_order_that_is_rotated_there(tmp_path):
     source = quantised(TINY)
     write_gguf(source, tmp_path / "m.gguf")
     _, found = read(tmp_path / "m.gguf")
-    want, width = source.int4("model.layers.0.self_attn.q_proj").dequantize(), TINY.head_dim
-    for head in range(TINY.num_heads):
-        ours, theirs = (part[head * width : (head + 1) * width] for part in (want, found["blk.0.attn_q.weight"]))
-        assert np.array_equal(theirs[: width // 2], ours[0::2])
-        assert np.array_equal(theirs[width // 2 :], ours[1::2])
+    width = TINY.head_dim
+    for part, heads in (("q", TINY.num_heads), ("k", TINY.num_kv_heads)):
+        want = source.int4(f"model.layers.0.self_attn.{part}_proj").dequantize()
+        got = found[f"blk.0.attn_{part}.weight"]
+        assert len(got) == heads * width
+        for head in range(heads):
+            ours, theirs = (rows[head * width : (head + 1) * width] for rows in (want, got))
+            assert np.array_equal(theirs[: width // 2], ours[0::2])
+            assert np.array_equal(theirs[width // 2 :], ours[1::2])
 
 
 def test_codes_keep_their_scale_where_groups_are_wider_than_a_block(tmp_path):
@@ -87,22 +91,50 @@ def test_codes_keep_their_scale_where_groups_are_wider_than_a_block(tmp_path):
     assert isinstance(source.int4(name), Int4)
 
 
-@MODELS
-def test_llama_cpp_is_told_all_of_the_architecture(config, tmp_path):
+UNUSUAL = dataclasses.replace(ROUTED, score_func="softmax", norm_topk_prob=False, routed_scaling_factor=1.5)
+
+
+@pytest.mark.parametrize("moe", [ROUTED, UNUSUAL, None], ids=["moe", "unusual", "dense"])
+def test_llama_cpp_is_told_all_of_the_architecture(moe, tmp_path):
+    config = dataclasses.replace(TINY, norm_eps=3e-6, moe=moe)  # no value is a default of llama.cpp or of ours
     write_gguf(quantised(config), tmp_path / "m.gguf")
     fields, found = read(tmp_path / "m.gguf")
-    assert fields["general.architecture"] == "exaone-moe"
-    told = {name.removeprefix("exaone-moe."): value for name, value in fields.items()}
-    assert told["attention.sliding_window"] == told["context_length"] == config.max_position_embeddings
-    assert told["attention.sliding_window_pattern"] == [True] * config.num_layers
-    assert told["leading_dense_block_count"] == (config.num_layers if config.moe is None else 0)
-    if config.moe:
-        assert (told["expert_count"], told["expert_used_count"]) == (5, 2)
-        assert told["expert_weights_norm"] and told["expert_weights_scale"] == 2.5
-        assert told["expert_gating_func"] == 2
+    assert (fields["general.architecture"], fields["general.name"]) == ("exaone-moe", "m")
+    assert fields["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_0
+    want = {
+        "vocab_size": 300,
+        "context_length": 1024,
+        "embedding_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 160 if moe else 224,
+        "attention.head_count": 6,
+        "attention.head_count_kv": 2,
+        "attention.key_length": 16,
+        "attention.value_length": 16,
+        "attention.layer_norm_rms_epsilon": np.float32(3e-6),
+        "attention.sliding_window": 1024,
+        "attention.sliding_window_pattern": [True, True],
+        "rope.freq_base": 10_000.0,
+        "rope.dimension_count": 16,
+        "expert_feed_forward_length": 32 if moe else 224,
+        "expert_gating_func": 1 if moe is UNUSUAL else 2,
+        "leading_dense_block_count": 0 if moe else 2,
+    }
+    if moe:
+        want |= {
+            "expert_count": 5,
+            "expert_used_count": 2,
+            "expert_shared_count": 1,
+            "expert_shared_feed_forward_length": 160,
+            "expert_weights_norm": moe is ROUTED,
+            "expert_weights_scale": 2.5 if moe is ROUTED else 1.5,
+        }
+    told = {name: value for name, value in fields.items() if name.startswith("exaone-moe.")}
+    assert told == {f"exaone-moe.{name}": value for name, value in want.items()}
     factors = found["rope_freqs.weight"]
     assert set(factors.tolist()) == {1.0, 16.0} and (np.diff(factors) >= 0).all()
-    assert (found["blk.1.attn_q_norm.weight"] == 1).all()
+    for part in "qk":
+        assert np.array_equal(found[f"blk.1.attn_{part}_norm.weight"], np.ones(16, np.float32))
 
 
 def test_the_same_weights_give_the_same_bytes_however_they_come(tmp_path):
@@ -161,8 +193,11 @@ def test_the_tokenizer_goes_along_with_its_kinds_ends_and_template(tmp_path):
     assert [tokens[i] for i in range(270)] == [tokenizer.token(i) for i in range(270)]
     assert len(tokens) == len(set(tokens)) == TINY.vocab_size and set(kinds[270:]) == {5}
     assert kinds[:6] == [3] * 6 and set(kinds[6:270]) == {1}
-    assert words["tokenizer.ggml.pre"] == "smaug-bpe" and words["tokenizer.ggml.add_bos_token"]
-    assert words["tokenizer.ggml.eot_token_id"] == tokenizer.eot
+    assert words["tokenizer.ggml.pre"] == "smaug-bpe" and words["tokenizer.ggml.model"] == "gpt2"
+    special = {"bos": tokenizer.bos, "eos": tokenizer.end, "eot": tokenizer.eot, "padding": tokenizer.pad}
+    assert {name: words[f"tokenizer.ggml.{name}_token_id"] for name in special} == special
+    assert len(set(special.values())) == 4
+    assert words["tokenizer.ggml.add_bos_token"] is True and words["tokenizer.ggml.add_eos_token"] is False
     assert words["tokenizer.chat_template"] == CHAT_TEMPLATE
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["model"]["ignore_merges"] = True
@@ -178,6 +213,7 @@ def test_the_tokenizer_goes_along_with_its_kinds_ends_and_template(tmp_path):
         ("pre_tokenizer.pretokenizers.0.behavior", "MergedWithNext", "rule is another"),
         ("pre_tokenizer.pretokenizers.1.use_regex", True, "one rule into bytes"),
         ("model.dropout", 0.1, "plain BPE"),
+        ("model.byte_fallback", True, "plain BPE"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_would_apply_otherwise_is_refused(part, value, why, tmp_path):
