@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import signal
 import sys
+from contextlib import closing
 
 import pytest
 import torch
 
-from conversion.chat import chat
+from conversion.chat import _Talk, chat
 from conversion.chat_experts import Experts, Used, strips
 from conversion.torch_model import MobileMoE, Reference
 from moe_jax.data import chat as format_of
@@ -46,6 +47,20 @@ def test_ctrl_c_stops_an_answer_and_the_next_is_given(exported, monkeypatch, cap
     stopped, after = chat(exported.bundle, ["add", "more"], max_tokens=40, threads=1)
     assert len(stopped) < len(chat(exported.bundle, ["add"], max_tokens=40, threads=1)[0]) and after
     assert "(stopped)" in capsys.readouterr().err
+
+
+@KINDS
+def test_a_stopped_answer_is_kept_after_all_that_was_said_before(exported, monkeypatch):
+    with closing(_Talk(exported.bundle, 1, max_tokens=4)) as talk:
+        first = talk.answer("a", measured=False)
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", Interrupting())
+            stopped = talk.answer("b", measured=False)
+        said = [("user", "a"), ("assistant", first), ("user", "b"), ("assistant", stopped)]
+        assert [(turn["role"], turn["content"]) for turn in talk.history] == said
+        assert talk.replies == [first, stopped]
+        talk.clear()
+        assert talk.history == []
 
 
 class Watching(Reference):

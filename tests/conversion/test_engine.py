@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from litert_lm.interfaces import SamplerConfig
 
 from conversion.litert import bundle
-from conversion.litert.engine import Engine
+from conversion.litert.engine import Engine, reply
 from conversion.torch_model import MobileMoE, Reference
 from moe_jax.data import chat
+from moe_jax.data.corpus import Message
 from moe_jax.errors import UserError
 from tests.conversion import ties
 from tests.conversion.conftest import CONTEXT, answer
@@ -75,6 +78,28 @@ def test_a_chat_reply_is_the_greedy_answer_to_the_templates_tokens(engine, expor
     assert answer(engine, "add one", 6).rstrip("\ufffd") == want.rstrip("\ufffd")
 
 
+@pytest.mark.parametrize("exported", ["moe"], indirect=True)
+def test_a_conversation_goes_on_after_its_history(engine, exported):
+    said: list[Message] = [{"role": "user", "content": "add"}, {"role": "assistant", "content": "def"}]
+    with engine.conversation(6, history=said) as conversation:
+        got = "".join(reply(conversation, "one"))
+    turns: list[Message] = [*said, {"role": "user", "content": "one"}]
+    ids, _ = chat.render_ids(turns, exported.tokenizer, generation_prompt=True)
+    want = exported.tokenizer.decode(greedy(exported, ids.tolist(), 6))
+    assert got.rstrip("\ufffd") == want.rstrip("\ufffd") != answer(engine, "one", 6).rstrip("\ufffd")
+
+
+def test_temperature_top_p_and_seed_reach_the_sampler_and_temperature_0_is_greedy(engine, monkeypatch):
+    asked, create = [], engine._engine.create_conversation
+    monkeypatch.setattr(engine._engine, "create_conversation", lambda **o: asked.append(o) or create(**o))
+    for temperature in (0.0, 0.7):
+        with engine.conversation(9, temperature, top_p=0.9, seed=5):
+            pass
+    sampled = SamplerConfig(top_k=64, top_p=0.9, temperature=0.7, seed=5)
+    assert [given["sampler_config"] for given in asked] == [SamplerConfig(top_k=1, temperature=0.0), sampled]
+    assert [given["max_output_tokens"] for given in asked] == [9, 9]
+
+
 def test_a_text_beyond_the_context_is_refused(engine):
     with pytest.raises(UserError, match="context"):
         engine.score(TEXT * 10)
@@ -89,6 +114,16 @@ def test_the_same_files_give_the_same_bundle(exported, tmp_path):
     bundle.write_bundle(exported.tflite, tokenizer, tmp_path / "again.litertlm", CONTEXT)
     assert (tmp_path / "again.litertlm").read_bytes() == exported.bundle.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["again.litertlm"]
+
+
+@pytest.mark.parametrize("exported", ["dense"], indirect=True)
+def test_a_tokenizer_file_that_cuts_texts_cuts_none_in_the_engine(exported, tmp_path):
+    cutting = tokenizers.Tokenizer.from_file(str(exported.bundle.with_name("tokenizer.json")))
+    cutting.enable_truncation(8)
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    bundle.write_bundle(exported.tflite, tmp_path / "tokenizer.json", tmp_path / "m.litertlm", CONTEXT)
+    with Engine(tmp_path / "m.litertlm", threads=1) as engine:
+        assert engine.tokenize(TEXT) == exported.tokenizer.encode(TEXT)
 
 
 def test_an_existing_bundle_is_kept_unless_overwriting_is_asked_for(exported, tmp_path):

@@ -93,10 +93,11 @@ def test_layer_equals_the_definition(tmp_path, experts, choices, tokens):
         assert_same(layer(*batch), reference(*batch, bank))
 
 
-def test_a_prefill_of_full_size_equals_the_definition(tmp_path):
-    rng = np.random.default_rng(128)
-    bank, batch = bank_of(rng, 60), batch_of(rng, 128, 4, 60)
-    layer = load(model_of(bank, {"layer": 128}, 4), tmp_path / "m.tflite")
+@pytest.mark.parametrize(("tokens", "choices", "experts"), [(128, 4, 60), (600, 2, 16)])  # the latter: a large tile
+def test_a_prefill_of_full_size_equals_the_definition(tmp_path, tokens, choices, experts):
+    rng = np.random.default_rng(tokens)
+    bank, batch = bank_of(rng, experts), batch_of(rng, tokens, choices, experts)
+    layer = load(model_of(bank, {"layer": tokens}, choices), tmp_path / "m.tflite")
     assert_same(layer(*batch), reference(*batch, bank))
 
 

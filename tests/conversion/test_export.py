@@ -13,7 +13,7 @@ import pytest
 
 from conversion import readback, weights
 from conversion.__main__ import main
-from conversion.export import export
+from conversion.export import export, export_random
 from moe_jax.data import chat
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
@@ -49,6 +49,9 @@ def test_a_run_becomes_a_bundle_and_a_safetensors_file_beside_it(run, made):
     parts = readback.sections(made["folder"] / "m.litertlm")
     assert parts.metadata.max_num_tokens == made["context"] == 64 and made["prefill"] == [4]
     assert parts.metadata.jinja_prompt_template == chat.CHAT_TEMPLATE
+    told, own = parts.metadata, parts.tokenizer
+    special = [told.start_token, told.pad_token, *told.stop_tokens]
+    assert [list(token.token_ids.ids) for token in special] == [[own.bos], [own.pad], [own.end], [own.eot]]
     assert parts.tokenizer.fingerprint == Tokenizer.load(run / "tokenizer.json").fingerprint
     assert {p.name for p in made["folder"].iterdir()} == {"m.litertlm", "m.safetensors"}
     saved, want = (weights.load_safetensors(made["folder"] / "m.safetensors"), weights.random(SMALL))
@@ -135,6 +138,35 @@ def test_a_folder_is_named_after_the_run_that_it_is_asked_of(run, tmp_path, monk
     for name in (".", "/", ""):
         assert main(["export", str(run), name]) == 2
         assert "end its name in .litertlm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("context", "lengths"), [(8, [8]), (32, [16]), (64, [16]), (128, [16]), (512, [16, 128])])
+def test_random_weights_of_the_seed_are_lowered_for_prompts_of_at_most_a_quarter_of_the_context(
+    run, tmp_path, monkeypatch, context, lengths
+):
+    """Where that leaves none, for the shortest, or for as much as the context holds."""
+    lowered = []
+
+    def stop(source, *given, **_):
+        lowered.append((source, *given[1:]))
+        raise UserError("enough")  # the rest takes seconds
+
+    monkeypatch.setattr("conversion.litert.lower.export_tflite", stop)
+    config = dataclasses.replace(SMALL, max_position_embeddings=512)
+    options = {"tokenizer": run / "tokenizer.json", "context": context, "seed": context}
+    with pytest.raises(UserError, match="enough"):
+        export_random(config, tmp_path / "m.litertlm", **options)
+    ((source, *given),) = lowered
+    assert given == [context, lengths]
+    name = source.int4_names()[0]
+    assert (source.packed(name) == weights.random(config, context).packed(name)).all()
+
+
+def test_a_tokenizer_with_more_entries_than_random_weights_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match=r"270 entries but model\.vocab_size is 269"):
+        few = dataclasses.replace(SMALL, vocab_size=269)
+        export_random(few, tmp_path / "m.litertlm", tokenizer=run / "tokenizer.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tokenizer_file_may_have_any_name(run, made, tmp_path):

@@ -112,6 +112,19 @@ def test_a_weight_of_another_size_is_refused(tmp_path):
         run_op(tmp_path, {"x": np.zeros((1, 64), np.float32)}, multiply)
 
 
+@pytest.mark.parametrize("words", [1, 3])
+def test_an_op_with_more_or_fewer_options_than_its_kind_has_is_none_of_the_kernels(tmp_path, words):
+    packed = bank.pack(int4(np.random.default_rng(0), 32, 64))
+
+    def multiply(g: Graph, x: int) -> int:
+        y = kernel_op.linear(g, x, g.model.buffer(packed), (32, 64), "w")
+        g.ops[0].customOptions = np.array([32, 64, 0][:words], np.uint32).view(np.uint8)
+        return y
+
+    with pytest.raises(RuntimeError, match=r"unresolved custom op: moe_jax\.linear"):
+        run_op(tmp_path, {"x": np.zeros((1, 64), np.float32)}, multiply)
+
+
 def test_fused_rows_are_read_back_under_their_names(tmp_path):
     rng = np.random.default_rng(2)
     q, k = int4(rng, 32, 64), int4(rng, 16, 64)
