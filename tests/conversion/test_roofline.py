@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from statistics import mean
 
 import pytest
 
@@ -46,9 +47,24 @@ def test_speed_falls_with_the_context_and_with_the_model():
 
 
 def test_a_phone_that_nobody_measured_gets_the_share_of_bandwidth_that_others_reach():
-    shares = [roofline.rates(phone, load).stream / phone.bandwidth for phone in PUBLISHED]
-    slow = find("redmi note 14 pro+")
-    assert min(shares) <= roofline.rates(slow, load).stream / slow.bandwidth <= max(shares)
+    slow, others = find("redmi note 14 pro+"), [(phone, roofline.rates(phone, load)) for phone in PUBLISHED]
+    got = roofline.rates(slow, load)
+    assert got.stream / slow.bandwidth == pytest.approx(mean(rate.stream / o.bandwidth for o, rate in others))
+    for name in ("looks", "products", "attention"):
+        shares = [getattr(rate, name) / phone.peak for phone, rate in others]
+        assert getattr(got, name) / slow.peak == pytest.approx(mean(shares)) and len(set(shares)) == len(shares)
+
+
+def test_a_peak_counts_the_pairs_of_every_cores_pipes():
+    assert find("Galaxy S25").peak == pytest.approx((2 * 4.32 + 2 * 3.53) * 4 * 32e9)
+    assert find("Galaxy S24").peak == pytest.approx((3.3 * 4 + 3 * 3.2 * 2) * 32e9)
+
+
+def test_tokens_a_second_of_a_prompt_are_its_tokens_over_the_seconds_until_the_first():
+    found = roofline.roofline("mobilemoe_s", "Galaxy S25", load)
+    assert list(found["prefill_tok_s"]) == list(found["first_token_s"]) == [512, 1024, 4096]
+    for tokens, speed in found["prefill_tok_s"].items():
+        assert speed * found["first_token_s"][tokens] == pytest.approx(tokens)
 
 
 def test_an_unknown_phone_is_answered_with_those_known():
