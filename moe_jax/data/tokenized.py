@@ -7,9 +7,11 @@ its `files` say which file changed where it does not.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from array import array
@@ -18,7 +20,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -74,8 +76,7 @@ def _write_alone(folder: Path, *what: Any) -> None:
     """Write the folder aside, then rename it; other processes that want the same one wait for the first."""
     aside, lock = Path(f"{folder}.part"), Path(f"{folder}.lock")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _locked(lock):
         try:
             if not folder.exists():
                 shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
@@ -85,6 +86,24 @@ def _write_alone(folder: Path, *what: Any) -> None:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
             lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(lock: Path) -> Iterator[None]:
+    """Hold a lock file that its holders remove: who waited for one that is gone by now waits for its successor."""
+    while True:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, lock):
+                yield
+                return
+
+
+def _is_at(file: IO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def document_ids(document: Document, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray | None]:
