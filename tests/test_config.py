@@ -15,7 +15,7 @@ from moe_jax.config import (
     SourceConfig,
 )
 from moe_jax.errors import UserError
-from moe_jax.overrides import apply, option_names
+from moe_jax.overrides import apply, option_names, to_dict
 
 # A new option is a decision: does it not follow from what is here? Then add it to this list.
 OPTIONS = """
@@ -102,6 +102,21 @@ log_every
 
 def test_the_list_of_options_is_frozen():
     assert option_names(RunConfig) == OPTIONS.split()
+
+
+def test_what_is_trained_by_default_is_frozen():
+    """The paper's recipe: another default changes every run that does not name it."""
+    defaults = to_dict(RunConfig())
+    assert defaults["optimizer"] == {
+        "learning_rate": 4e-4, "schedule": "cosine", "warmup_steps": 0, "final_fraction": 0.1, "b1": 0.9,
+        "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0, "offload": False,
+    }  # fmt: skip
+    assert defaults["model"]["moe"] == {
+        "num_experts": 60, "num_experts_per_tok": 4, "expert_width": 384, "shared_expert_width": 1536,
+        "score_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.5, "use_expert_bias": True,
+        "bias_update_rate": 1e-3, "router_z_loss": 1e-4, "aux_loss": 0.0, "dispatch": "dropless",
+        "capacity_factor": 1.5, "buffer_factor": 0.0,
+    }  # fmt: skip
 
 
 def test_fine_grained_experts_follow_the_papers_trade():

@@ -1,5 +1,8 @@
 """Parameter counts and FLOPs against published figures and hand-computed cases."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import pytest
 
@@ -39,6 +42,20 @@ def test_training_flops_are_six_per_active_weight_and_half_the_attention_square(
     weights = count_parameters(DENSE).active - 5 * 64
     scores_and_sum = 2 * (2 * 2 * 16 / 2 * 4 * 16)  # layers, products, FLOPs, mean keys, heads, width
     assert train_flops_per_token(DENSE, 16) == 6 * weights + 3 * scores_and_sum
+
+
+def test_training_flops_of_experts_are_of_those_that_a_token_meets():
+    attention, expert, shared, router = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 32, 3 * 64 * 64, 64 * 6
+    weights = 2 * (attention + 2 * expert + shared + router) + 96 * 64
+    assert train_flops_per_token(MOE, 16) == 6 * weights + 3 * 2 * (2 * 2 * 16 / 2 * 4 * 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"), [("TPU v5 lite", 197e12), ("TPU7x", 2307e12 / 2)], ids=["a chip", "half a chip"]
+)
+def test_a_devices_peak_is_its_part_of_the_chips(kind, peak):
+    device: Any = SimpleNamespace(platform="tpu", device_kind=kind)
+    assert peak_flops(device) == peak
 
 
 def test_the_cpus_peak_is_measured():

@@ -78,6 +78,24 @@ def test_each_epoch_has_every_row_once_in_a_new_order(config, text_source, token
     assert epochs[0] != epochs[1] != epochs[2] and len(set(epochs[0])) == rows
 
 
+def test_another_seed_joins_other_documents_in_a_row(config, text_source, tokenizer):
+    config = dataclasses.replace(config, sources=(text_source,), global_batch_size=1)
+
+    def rows(seed: int) -> set[bytes]:
+        iterator = make_train_iterator(dataclasses.replace(config, seed=seed), tokenizer)
+        return {batch["tokens"].tobytes() for batch in take(iterator, iterator.stats[0]["rows"])}
+
+    in_file_order = heldout_rows(config, tokenizer)[0]
+    unshuffled = {in_file_order[row]["tokens"].tobytes() for row in range(len(in_file_order))}
+    assert len(rows(3) | rows(4) | unshuffled) > 2.5 * len(unshuffled)
+
+
+def test_sources_are_shuffled_each_in_its_own_way(config, text_source, tokenizer):
+    config = dataclasses.replace(config, sources=(text_source, text_source), global_batch_size=2)
+    for batch in take(make_train_iterator(config, tokenizer), 8):  # a row of each
+        assert not np.array_equal(*batch["tokens"])
+
+
 def test_mixture_follows_the_weights_by_rows(config, tokenizer):
     rows = [row for batch in take(make_train_iterator(config, tokenizer), 100) for row in batch["tokens"]]
     chats = sum(tokenizer.header_start in row for row in rows)

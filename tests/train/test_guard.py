@@ -50,6 +50,22 @@ def test_a_spike_is_bad_once_there_is_something_to_compare_with_and_is_not_remem
     assert LossGuard(GuardConfig()).check(1, 1e9, 1, 1) is None  # off by default
 
 
+def test_eight_losses_are_enough_to_judge_by_and_seven_are_not():
+    for count in (7, 8):
+        guard = LossGuard(GuardConfig(spike_factor=2.0))
+        assert [guard.check(i, 1.0, 1, i) for i in range(count)] == [None] * count
+        assert (guard.check(count, 9.0, 1, count) is None) == (count < 8)
+
+
+def test_a_spike_is_measured_against_the_last_thirty_two_losses():
+    guard, values = LossGuard(GuardConfig(spike_factor=2.0)), [10.0] * 60 + [1.0] * 20
+    assert [guard.check(i, loss, 1, i) for i, loss in enumerate(values)] == [None] * 80
+    assert guard.recent == [10.0] * 12 + [1.0] * 20
+    assert guard.check(81, 2.1, 1, 81) and guard.check(82, 1.9, 1, 82) is None
+    guard.reset(values)
+    assert guard.recent == values[-32:]
+
+
 def test_goodput_kinds_exclude_each_other_and_add_up():
     goodput, start = Goodput(), time.perf_counter()
     with goodput.spent("step"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import struct
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,17 +46,29 @@ def test_finished_run_has_a_line_for_every_step(tiny, finished):
         assert 1 <= line["load_max_over_mean"][0] <= 4
 
 
+VALUES = dict.fromkeys(("loss", "learning_rate", "grad_norm", "z_loss", "aux_loss"), 1.0) | {
+    "counts_LE": np.array([[1, 2, 3, 2]]),
+    "dropped_L": np.array([7]),
+}
+
+
 def test_mfu_is_model_flops_over_the_peak(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("moe_jax.train.metrics.peak_flops", lambda _: 1e9)
-    values = dict.fromkeys(("loss", "learning_rate", "grad_norm", "z_loss", "aux_loss"), 1.0)
-    values |= {"counts_LE": np.array([[1, 2, 3, 2]]), "dropped_L": np.array([7])}
     with Metrics(tmp_path, tiny.cfg, 0, [jax.devices()[0]] * 8) as metrics:
-        metrics.log(1, values, seconds=0.5, real=100, trained=90.0)
+        metrics.log(1, VALUES, seconds=0.5, real=100, trained=90.0)
     (line,) = read_metrics(tmp_path)
     assert line["tokens_per_second"] == 200 and line["tokens"] == 90 and line["dropped"] == [7]
     # Eight fake devices are one processor.
     assert math.isclose(line["mfu"], 200 * train_flops_per_token(tiny.cfg.model, 32) / 1e9)
     assert line["load_max_over_mean"] == [1.5]
+
+
+def test_mfu_is_of_all_devices_of_an_accelerator(tiny, tmp_path):
+    devices: Any = [SimpleNamespace(platform="tpu", device_kind="TPU v4")] * 8
+    with Metrics(location(tmp_path), tiny.cfg, 0, devices) as metrics:
+        metrics.log(1, VALUES, seconds=1e-6, real=100, trained=90.0)
+    (line,) = read_metrics(tmp_path)
+    assert math.isclose(line["mfu"], 1e8 * train_flops_per_token(tiny.cfg.model, 32) / (8 * 275e12))
 
 
 def test_reopening_cuts_later_and_torn_lines(tiny, tmp_path):
