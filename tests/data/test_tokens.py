@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import shutil
 import threading
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,48 +69,104 @@ def test_a_fingerprint_is_of_ids_training_and_bounds_so_that_an_old_checkpoint_k
     assert stored.fingerprint == digest.hexdigest() and stored.offsets.dtype == np.int64
 
 
-def test_one_writes_at_a_time_where_the_first_of_three_fails(text_source, tokenizer, tmp_path, monkeypatch):
-    """The second waits for a lock file that the first removes; the third makes a new one, and yet must wait."""
-    whole = tokenize_source(text_source, tokenizer)
-    cache, write, take = tmp_path / "cache", tokenized._write, fcntl.flock
-    came = {name: threading.Event() for name in "ABC"}
-    wrote, found = [], {}
+class Race:
+    """Threads A, B and C that want one source in one cache; A goes first, and fails while B waits for its lock."""
 
-    def flock(file, how: int) -> None:
-        name = threading.current_thread().name
-        if name == "C" and not came["C"].is_set():
-            try:
-                take(file, how | fcntl.LOCK_NB)
-                found["C's lock"] = "free"
-            except BlockingIOError:
-                found["C's lock"] = "held"
-        came[name].set()
-        take(file, how)
+    def __init__(self, source, tokenizer, cache: Path, monkeypatch) -> None:
+        self.found: dict[str, str] = {}  # by thread: a fingerprint or an error
+        self.wrote: list[str] = []
+        self.happened = {name: threading.Event() for name in ("B waits", "C waits", "C writes", "B goes on")}
+        self._threads = {name: threading.Thread(target=self._run, name=name) for name in "ABC"}
+        self._want = lambda: tokenize_source(source, tokenizer, cache_dir=str(cache)).fingerprint
+        self._locks, self._take, self._write = Counter(), fcntl.flock, tokenized._write
+        monkeypatch.setattr(fcntl, "flock", self._flock)
+        monkeypatch.setattr(tokenized, "_write", self._written)
 
-    def written(*what) -> None:
-        name = threading.current_thread().name
-        wrote.append(name)
-        if name == "A":
-            threads["B"].start()
-            assert came["B"].wait(60)
-            raise UserError("A fails")
-        if name == "B":
-            threads["C"].start()
-            assert came["C"].wait(60)
-        write(*what)
+    def run(self) -> None:
+        self.start("A")
+        for thread in self._threads.values():
+            thread.join(60)
 
-    def run() -> None:
+    def start(self, name: str) -> None:
+        self._threads[name].start()
+
+    def wait(self, what: str) -> None:
+        assert self.happened[what].wait(60), what
+
+    def locking(self, name: str, count: int, take: Callable[[int], None]) -> None:
+        """The thread asks for a lock, for the count-th time."""
+        take(fcntl.LOCK_EX)
+
+    def writing(self, name: str) -> None:
+        """The thread holds the lock and is about to write."""
+
+    def _run(self) -> None:
         name = threading.current_thread().name
         try:
-            found[name] = tokenize_source(text_source, tokenizer, cache_dir=str(cache)).fingerprint
+            self.found[name] = self._want()
         except Exception as error:
-            found[name] = str(error)
+            self.found[name] = str(error)
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setattr(tokenized, "_write", written)
-    threads = {name: threading.Thread(target=run, name=name) for name in "ABC"}
-    threads["A"].start()
-    for thread in threads.values():
-        thread.join(60)
-    assert found == {"A": "A fails", "C's lock": "held", "B": whole.fingerprint, "C": whole.fingerprint}
-    assert wrote == ["A", "B"] and len(list(cache.iterdir())) == 1
+    def _flock(self, file, _: int) -> None:
+        name = threading.current_thread().name
+        self._locks[name] += 1
+        if name == "B":
+            self.happened["B waits" if self._locks[name] == 1 else "B goes on"].set()
+        self.locking(name, self._locks[name], lambda how: self._take(file, how))
+
+    def _written(self, *what) -> None:
+        name = threading.current_thread().name
+        self.wrote.append(name)
+        if name == "A":
+            self.start("B")
+            self.wait("B waits")
+            raise UserError("A fails")
+        self.writing(name)
+        self._write(*what)
+
+
+def test_a_lock_taken_after_its_file_was_removed_keeps_a_third_writer_out(
+    text_source, tokenizer, tmp_path, monkeypatch
+):
+    class Late(Race):
+        free = False
+
+        def locking(self, name, count, take):
+            if (name, count) == ("C", 1):
+                with contextlib.suppress(BlockingIOError):
+                    take(fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self.free = True
+                self.happened["C waits"].set()
+            take(fcntl.LOCK_EX)
+
+        def writing(self, name):
+            if name == "B":
+                self.start("C")
+                self.wait("C waits")
+
+    whole = tokenize_source(text_source, tokenizer).fingerprint
+    race = Late(text_source, tokenizer, tmp_path / "cache", monkeypatch)
+    race.run()
+    assert race.found == {"A": "A fails", "B": whole, "C": whole} and not race.free
+    assert race.wrote == ["A", "B"] and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_who_waited_for_a_removed_lock_waits_again_for_the_one_made_in_its_place(
+    text_source, tokenizer, tmp_path, monkeypatch
+):
+    class Early(Race):
+        def locking(self, name, count, take):
+            take(fcntl.LOCK_EX)
+            if (name, count) == ("B", 1):  # of the file that A removed
+                self.start("C")
+                self.wait("C writes")
+
+        def writing(self, name):
+            self.happened[f"{name} {'goes on' if name == 'B' else 'writes'}"].set()
+            self.wait("B goes on")
+
+    whole = tokenize_source(text_source, tokenizer).fingerprint
+    race = Early(text_source, tokenizer, tmp_path / "cache", monkeypatch)
+    race.run()
+    assert race.found == {"A": "A fails", "B": whole, "C": whole}
+    assert race.wrote == ["A", "C"] and len(list((tmp_path / "cache").iterdir())) == 1

@@ -17,6 +17,7 @@ from tests.tiny import DENSE, quick
 @pytest.mark.parametrize(
     ("kind", "rate"),
     [("cosine", 0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2), ("linear", 1 - 0.9 / 4), ("constant", 1.0)],
+    ids=["cosine", "linear", "constant"],
 )
 def test_a_quarter_of_the_way_each_schedule_stands_where_its_curve_does(kind, rate):
     cfg = OptimizerConfig(learning_rate=1.0, schedule=kind, warmup_steps=4, final_fraction=0.1)
