@@ -14,7 +14,7 @@ from typing import Any
 from moe_jax.config import TRAINING_OPTIONS, ModelConfig, MoEConfig, RopeConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
-from moe_jax.overrides import differences
+from moe_jax.overrides import differences, from_dict
 
 GROUP = 32
 QUANTIZATION = {
@@ -56,9 +56,9 @@ def read_config(path: Path) -> tuple[ModelConfig, bool, list[str]]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); name a folder with config.json and weights") from None
     try:
-        config = _parsed(data)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} misses {error} or gives it in another form; use a MobileMoE folder") from None
+        config = _parsed(data, path)
+    except KeyError as error:
+        raise UserError(f"{path} misses {error}; use a MobileMoE folder") from None
     int4 = data.get("quantization") is not None
     wanted = _rendered(config) | ({"quantization": QUANTIZATION} if int4 else {})
     for key, value in wanted.items():
@@ -96,32 +96,38 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer, int4: bool) -> dict[str
     } | ({"quantization": QUANTIZATION} if int4 else {})  # fmt: skip
 
 
-def _parsed(data: dict[str, Any]) -> ModelConfig:
-    top_k, width, shared = (data[k] for k in ("num_experts_per_tok", "intermediate_size", "intermediate_size_mlp"))
-    scaling, positions = data["rope_scaling"], data["max_position_embeddings"]
-    scaling = scaling or {"factor": 1.0, "original_max_position_embeddings": positions}
+def _parsed(data: dict[str, Any], path: Path = Path("config.json")) -> ModelConfig:
+    positions, scaling = data["max_position_embeddings"], data["rope_scaling"]
+    if not isinstance(scaling, dict) or not scaling:  # anything but null is refused when it is compared
+        scaling = {"factor": 1.0, "original_max_position_embeddings": positions}
+    said = data | {f"rope_scaling.{key}": value for key, value in scaling.items()}
+
+    def get(kind: type, key: str) -> Any:  # a run with 2.0 or true for a whole number could not be read again
+        return from_dict(kind, said[key], f"{key} in {path}")
+
+    moe = MoEConfig(
+        num_experts=get(int, "num_local_experts"),
+        num_experts_per_tok=get(int, "num_experts_per_tok"),
+        expert_width=get(int, "intermediate_size"),
+        shared_expert_width=get(int, "intermediate_size_mlp"),
+        norm_topk_prob=get(bool, "norm_topk_prob"),
+        routed_scaling_factor=get(float, "routed_scaling_factor"),
+    )
+    original = get(int, "rope_scaling.original_max_position_embeddings")
     return ModelConfig(
-        num_layers=data["num_hidden_layers"],
-        d_model=data["hidden_size"],
-        num_heads=data["num_attention_heads"],
-        num_kv_heads=data["num_key_value_heads"],
-        head_dim=data["head_dim"],
-        vocab_size=data["vocab_size"],
-        max_position_embeddings=positions,
-        ffn_width=top_k * width + shared,  # the dense feed-forward that the experts were cut from
-        qk_norm=data["use_qk_norm"],
-        norm_eps=data["rms_norm_eps"],
-        rope=RopeConfig(
-            float(data["rope_theta"]), float(scaling["factor"]), scaling["original_max_position_embeddings"]
-        ),
-        moe=MoEConfig(
-            num_experts=data["num_local_experts"],
-            num_experts_per_tok=top_k,
-            expert_width=width,
-            shared_expert_width=shared,
-            norm_topk_prob=data["norm_topk_prob"],
-            routed_scaling_factor=data["routed_scaling_factor"],
-        ),
+        num_layers=get(int, "num_hidden_layers"),
+        d_model=get(int, "hidden_size"),
+        num_heads=get(int, "num_attention_heads"),
+        num_kv_heads=get(int, "num_key_value_heads"),
+        head_dim=get(int, "head_dim"),
+        vocab_size=get(int, "vocab_size"),
+        max_position_embeddings=get(int, "max_position_embeddings"),
+        # Of the dense feed-forward that the experts were cut from.
+        ffn_width=moe.num_experts_per_tok * moe.expert_width + moe.shared_expert_width,
+        qk_norm=get(bool, "use_qk_norm"),
+        norm_eps=get(float, "rms_norm_eps"),
+        rope=RopeConfig(get(float, "rope_theta"), get(float, "rope_scaling.factor"), original),
+        moe=moe,
     )
 
 

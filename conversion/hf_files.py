@@ -84,10 +84,13 @@ class Folder:
         if not index.is_file():
             return [self.folder / _ONE]
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, OSError) as error:
+            places = json.loads(index.read_text())["weight_map"].items()
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UserError(f"{index} cannot be read ({error!r}); {_MEND}") from None
-        return [self.folder / name for name in names]
+        for name, file in places:
+            if not isinstance(file, str):
+                raise UserError(f"{index} puts {name} into {file!r}, which is no file; {_MEND}")
+        return [self.folder / file for file in sorted({file for _, file in places})]
 
 
 def _header(file: Path) -> dict[str, Entry]:
@@ -125,7 +128,9 @@ def _entry(file: Path, name: str, field: Any, base: int) -> Entry:
         start, stop = field["data_offsets"]
         if dtype not in DTYPES:
             raise ValueError(f"its type is {dtype}")
-        if stop - start != math.prod(shape) * DTYPES[dtype].itemsize or start < 0:
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+            raise ValueError(f"its shape {list(shape)} or place {[start, stop]} is not of whole numbers")
+        if stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
             raise ValueError(f"{dtype} {list(shape)} does not fill its {stop - start} bytes")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the header of {file} is damaged at {name} ({error}); {_MEND}") from None

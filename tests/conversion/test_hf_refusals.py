@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -38,6 +39,17 @@ def refused(folder, sentence):
     assert sorted(folder.parent.iterdir()) == before
 
 
+def saying(folder, key, value):
+    """The folder, whose config.json says `value` at a dotted `key`."""
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    *parents, last = key.split(".")
+    part = data[parents[0]] if parents else data
+    part[last] = value
+    path.write_text(json.dumps(data))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
@@ -52,21 +64,46 @@ def refused(folder, sentence):
         ("rope_scaling.low_freq_factor", 4.0, "rope_scaling.low_freq_factor = 4.0"),
         ("rope_scaling.high_freq_factor", 4.0, "rope_scaling.high_freq_factor = 4.0"),
         ("rope_scaling.beta_fast", 32, "rope_scaling.beta_fast = 32"),
-        ("rope_scaling.factor", None, "rope_scaling|another form"),
-        ("rope_theta", None, "rope_theta|another form"),
+        ("rope_scaling", "none", "rope_scaling = 'none'"),
         ("rope_parameters", {"rope_theta": 1.0}, "rope_parameters"),
         ("quantization_config", {"bits": 4}, "quantization_config"),
-        ("head_dim", "wide", "another form|head_dim"),
     ],
 )
 def test_a_config_that_says_something_else_is_refused_by_the_field(folder, key, value, sentence):
-    path = folder() / "config.json"
-    data = json.loads(path.read_text())
-    *parents, last = key.split(".")
-    part = data[parents[0]] if parents else data
-    part[last] = value
-    path.write_text(json.dumps(data))
-    refused(path.parent, sentence)
+    refused(saying(folder(), key, value), sentence)
+
+
+# Most are equal to what is right, and would make a run whose config cannot be read again.
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("num_hidden_layers", 2.0, "a whole number"),
+        ("num_experts_per_tok", 2.0, "a whole number"),
+        ("max_position_embeddings", 1024.0, "a whole number"),
+        ("rope_scaling.original_max_position_embeddings", 64.0, "a whole number"),
+        ("num_key_value_heads", True, "a whole number"),
+        ("head_dim", "wide", "a whole number"),
+        ("hidden_size", [64], "a whole number"),
+        ("use_qk_norm", 1, "true or false"),
+        ("norm_topk_prob", 1, "true or false"),
+        ("routed_scaling_factor", True, "a number"),
+        ("rope_scaling.factor", None, "a number"),
+        ("rope_theta", None, "a number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_the_field(folder, key, value, expected):
+    place = saying(folder(), key, value)
+    refused(place, re.escape(f"{key} in {place}/config.json is {value!r}; expected {expected}"))
+
+
+def test_a_whole_number_does_where_a_number_is_wanted_and_a_missing_field_is_named(folder):
+    place = saying(folder(), "rope_theta", 10_000)
+    assert read_config(place / "config.json")[0] == TINY
+    path = place / "config.json"
+    for key in ("rope_scaling", "num_local_experts"):
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+        refused(place, f"misses '{key}'")
+        saying(place, key, {"num_local_experts": 5}.get(key))
 
 
 @pytest.mark.parametrize(
@@ -80,17 +117,12 @@ def test_a_config_that_says_something_else_is_refused_by_the_field(folder, key, 
     ],
 )
 def test_another_quantisation_is_refused_by_the_field(folder, key, value):
-    path = folder(int4=True) / "config.json"
-    data = json.loads(path.read_text())
-    data["quantization"][key] = value
-    path.write_text(json.dumps(data))
-    refused(path.parent, rf"quantization\.{key}")
+    refused(saying(folder(int4=True), f"quantization.{key}", value), rf"quantization\.{key}")
 
 
 def test_fields_that_nothing_reads_are_told(folder):
-    path = folder() / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"router_aux_loss_coef": 0.01}))
-    config, int4, unread = read_config(path)
+    place = saying(folder(), "router_aux_loss_coef", 0.01)
+    config, int4, unread = read_config(place / "config.json")
     assert (config, int4, unread) == (TINY, False, ["router_aux_loss_coef"])
 
 
@@ -145,6 +177,72 @@ def test_a_flipped_header_is_refused(folder, old, new, sentence):
     assert old in raw
     file.write_bytes(raw.replace(old, new, 1))
     refused(file.parent, sentence)
+
+
+def stored(path, data=bytes(16), **fields):
+    """A safetensors file with `data` behind a header of `fields`."""
+    text = json.dumps(fields).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def field(shape, offsets, dtype="U8"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"a": field([8], [0, 8]), "b": field([12], [4, 16])}, "b does not start where the tensor before it ends"),
+        ({"a": field([8], [0, 8]), "b": field([4], [12, 16])}, "b does not start where the tensor before it ends"),
+        ({"a": field([8], [0, 8]), "b": field([9], [8, 17])}, "truncated: b and what follows"),
+        ({"a": field([8], [0, 8]), "b": field([7], [8, 15])}, "has 1 bytes that belong to no tensor"),
+        ({"a": field([2.0], [0, 8], "F32"), "b": field([8], [8, 16])}, "damaged at a .*whole numbers"),
+        ({"a": field([8], [0, 8]), "b": field([True, 2], [8, 16], "F32")}, "damaged at b .*whole numbers"),
+        ({"a": field([8], [0.0, 8]), "b": field([8], [8, 16])}, "damaged at a .*whole numbers"),
+        ({"a": field([-2, -4], [0, 8]), "b": field([8], [8, 16])}, "damaged at a .*whole numbers"),
+        ({"a": field([8], [0, 8]), "b": field([8], [-8, 0])}, "damaged at b .*whole numbers"),
+        ({"a": field([8], [0, 8]), "b": None}, "damaged at b"),
+        ({"a": field([8], [0, 8], ["U8"]), "b": field([8], [8, 16])}, "damaged at a"),
+    ],
+)
+def test_a_header_that_does_not_add_up_is_refused_by_file_and_tensor(tmp_path, fields, sentence):
+    file = tmp_path / "model.safetensors"
+    stored(file, a=field([8], [0, 8]), b=field([2], [8, 16], "F32"))
+    assert Folder(tmp_path).entries["b"].shape == (2,)
+    stored(file, **fields)
+    with pytest.raises(UserError, match=sentence) as told:
+        Folder(tmp_path)
+    assert str(file) in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        ({"weight_map": {"a": 1}}, "puts a into 1, which is no file"),
+        ({"weight_map": {"a": "model-1.safetensors", "b": None}}, "puts b into None, which is no file"),
+        ({"weight_map": {"a": ["model-1.safetensors"]}}, "puts a into .*, which is no file"),
+        ({"weight_map": None}, "cannot be read"),
+        ({"weight_map": ["x"]}, "cannot be read"),
+        ({}, "cannot be read"),
+        (None, "cannot be read"),
+        ([], "cannot be read"),
+    ],
+)
+def test_an_index_that_names_no_files_is_refused(tmp_path, index, sentence):
+    file = tmp_path / "model.safetensors.index.json"
+    file.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=sentence) as told:
+        Folder(tmp_path)
+    assert str(file) in str(told.value)
+
+
+def test_a_tensor_in_two_shards_is_refused_by_its_name_and_both_files(tmp_path):
+    for name in "xy":
+        stored(tmp_path / name, **{name: field([8], [0, 8]), "a": field([8], [8, 16])})
+    places = {"x": "x", "y": "y", "a": "x"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(UserError, match=f"a is in {tmp_path}/y and in {tmp_path}/x"):
+        Folder(tmp_path)
 
 
 def test_a_file_that_is_not_there_and_a_tokenizer_that_does_not_fit_are_named(folder):
