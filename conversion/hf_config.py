@@ -43,6 +43,8 @@ _NOT_OF_THE_MODEL = (
     "pad_token_id", "initializer_range", "use_cache", "attention_dropout", "for_llm_compressor",
 )  # fmt: skip
 
+_MOST_LAYERS = 10_000  # more is damage, of which a list as long would be made
+
 
 def read_config(path: Path) -> tuple[ModelConfig, bool, list[str]]:
     """(model, whether its weights are INT4, fields that nothing here reads) of a config.json.
@@ -53,7 +55,7 @@ def read_config(path: Path) -> tuple[ModelConfig, bool, list[str]]:
         data = json.loads(path.read_text())
         if not isinstance(data, dict):
             raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} ({error}); name a folder with config.json and weights") from None
     try:
         config = _parsed(data, path)
@@ -113,9 +115,11 @@ def _parsed(data: dict[str, Any], path: Path = Path("config.json")) -> ModelConf
         norm_topk_prob=get(bool, "norm_topk_prob"),
         routed_scaling_factor=get(float, "routed_scaling_factor"),
     )
+    if (layers := get(int, "num_hidden_layers")) > _MOST_LAYERS:
+        raise UserError(f"{path} has num_hidden_layers = {layers}; at most {_MOST_LAYERS} can be read")
     original = get(int, "rope_scaling.original_max_position_embeddings")
     return ModelConfig(
-        num_layers=get(int, "num_hidden_layers"),
+        num_layers=layers,
         d_model=get(int, "hidden_size"),
         num_heads=get(int, "num_attention_heads"),
         num_kv_heads=get(int, "num_key_value_heads"),

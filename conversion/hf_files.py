@@ -85,8 +85,8 @@ class Folder:
             return [self.folder / _ONE]
         try:
             places = json.loads(index.read_text())["weight_map"].items()
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise UserError(f"{index} cannot be read ({error!r}); {_MEND}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
+            raise UserError(f"{index} cannot be read, or is no index of tensors; {_MEND}") from None
         for name, file in places:
             if not isinstance(file, str):
                 raise UserError(f"{index} puts {name} into {file!r}, which is no file; {_MEND}")
@@ -105,7 +105,7 @@ def _header(file: Path) -> dict[str, Entry]:
         raise UserError(
             f"cannot read {file}: {error.strerror}; name a folder with config.json and weights"
         ) from None
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise UserError(f"the header of {file} is damaged ({error}); {_MEND}") from None
     fields.pop("__metadata__", None)
     entries, end = {}, 0
