@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
 
 from conversion import weights
@@ -15,10 +14,7 @@ from conversion.litert.engine import Engine, reply
 from conversion.weights import Weights
 from moe_jax.config import DataConfig, ModelConfig, MoEConfig, QuantConfig, RunConfig, SourceConfig
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.overrides import to_dict
-from moe_jax.paths import unflatten_paths
-from moe_jax.train.checkpoint import Checkpoints
-from tests.conversion.folders import parameters_of_random_weights
+from tests.conversion.folders import parameters_of_random_weights, write_checkpoint
 from tests.object_store import bucket  # noqa: F401  (a fixture)
 
 CONTEXT, PREFILL = 64, (8,)
@@ -82,8 +78,10 @@ def run_dir(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return write_run(tmp_path_factory.mktemp("run"), exported.weights.config, exported.tokenizer)
 
 
-def write_run(folder: Path, config: ModelConfig, tokenizer: Tokenizer, quant: QuantConfig | None = QAT) -> Path:
-    """A run folder with a checkpoint of `parameters_of_random_weights`, as the trainer writes it."""
+def write_run(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer, quant: QuantConfig | None = QAT, steps: int = 1
+) -> Path:
+    """A run folder with checkpoints of steps 1 to `steps`: `parameters_of_random_weights` of seeds 0 and on."""
     heldout = folder / "heldout.txt"
     heldout.write_text("def add(first, second):\n    return first + second  # and on\n" * 40)
     source = (SourceConfig(str(heldout)),)
@@ -94,13 +92,6 @@ def write_run(folder: Path, config: ModelConfig, tokenizer: Tokenizer, quant: Qu
         data=DataConfig(sources=source, heldout=source, seq_len=CONTEXT),
     )
     tokenizer.save(folder / "tokenizer.json")
-    parameters = parameters_of_random_weights(config)
-    parts = {"params": {}, "biases": {}}
-    for path, value in parameters.items():
-        parts["biases" if path.endswith("bias") else "params"][path] = jnp.asarray(value)
-    state = {name: unflatten_paths(flat) for name, flat in parts.items()} | {"step": jnp.int32(1)}
-    checkpoints = Checkpoints(folder)
-    stored = {"config": to_dict(run), "data": {}, "tokenizer": tokenizer.fingerprint}
-    checkpoints.save(1, state, stored)
-    checkpoints.wait()
+    for step in range(1, steps + 1):
+        write_checkpoint(folder, run, parameters_of_random_weights(config, step - 1), tokenizer, step)
     return folder

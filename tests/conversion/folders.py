@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -35,6 +36,10 @@ TINY = ModelConfig(
     moe=ROUTED,
 )
 TINY_DENSE = dataclasses.replace(TINY, moe=None)
+# Every input is a multiple of 64, so that groups may be as wide.
+WIDE = dataclasses.replace(
+    TINY, num_heads=8, moe=dataclasses.replace(ROUTED, expert_width=64, shared_expert_width=128)
+)
 
 
 def tiny_tokenizer() -> Tokenizer:
@@ -54,37 +59,68 @@ def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarra
     return found
 
 
-def parameters_of_random_weights(config: ModelConfig) -> dict[str, np.ndarray]:
+def parameters_of_random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Float32 JAX parameters whose quantisation is `weights.random`, code for code."""
-    source = weights.random(config)
+    source = weights.random(config, seed)
     int4 = set(source.int4_names())
     read = {name: masters(source.int4(name)) if name in int4 else source.float(name) for name in source.names()}
     return keymap.to_jax(read, config)
 
 
+def write_checkpoint(
+    folder: Path,
+    run: RunConfig,
+    parameters: dict[str, np.ndarray],
+    tokenizer: Tokenizer,
+    step: int = 1,
+    final: bool = False,
+) -> None:
+    """Add a checkpoint of `parameters` to a run folder, as the trainer writes it."""
+    parts: dict[str, dict[str, np.ndarray]] = {"params": {}, "biases": {}}
+    for path, value in parameters.items():
+        parts["biases" if path.endswith("bias") else "params"][path] = value
+    state = {name: unflatten_paths(flat) for name, flat in parts.items()} | {"step": np.array(step, np.int32)}
+    checkpoints = Checkpoints(folder)
+    stored = {"config": to_dict(run), "data": {}, "tokenizer": tokenizer.fingerprint}
+    checkpoints.save(step, state, stored, final=final)
+    checkpoints.wait()
+
+
 def write_run(
-    folder: Path, config: ModelConfig, parameters: dict[str, np.ndarray], quant: QuantConfig | None = None
+    folder: Path,
+    config: ModelConfig,
+    parameters: dict[str, np.ndarray],
+    quant: QuantConfig | None = None,
+    *later: dict[str, np.ndarray],
 ) -> Path:
-    """A finished run as the trainer leaves it, its one checkpoint holding `parameters`."""
+    """A finished run as the trainer leaves it; its checkpoints of steps 1 and on hold `parameters` and `later`."""
     run = RunConfig(
         stage="qat" if quant else "sft",
         model=config,
         quant=quant,
         data=DataConfig(tokenizer=str(folder / "tokenizer.json"), seq_len=64),
-        steps=1,
+        steps=1 + len(later),
     )
     tokenizer = tiny_tokenizer()
     write_json(folder / "config.json", to_dict(run))
     tokenizer.save(folder / "tokenizer.json")
-    parts: dict[str, dict[str, np.ndarray]] = {"params": {}, "biases": {}}
-    for path, value in parameters.items():
-        parts["biases" if path.endswith("bias") else "params"][path] = value
-    state = {name: unflatten_paths(flat) for name, flat in parts.items()} | {"step": np.array(1, np.int32)}
-    checkpoints = Checkpoints(folder)
-    stored = {"config": to_dict(run), "data": {}, "tokenizer": tokenizer.fingerprint}
-    checkpoints.save(1, state, stored, final=True)
-    checkpoints.wait()
+    for step, held in enumerate((parameters, *later), 1):
+        write_checkpoint(folder, run, held, tokenizer, step, final=step == run.steps)
     return folder
+
+
+def flip_largest(run_dir: Path) -> None:
+    """Damage the one checkpoint of a run: one bit in the middle of its largest file."""
+    file = max((run_dir / "checkpoints").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
+def share_buffer(raw: bytearray, tensor: Any, other: Any) -> None:
+    """Let one tensor of a .tflite `raw` have the content of another."""
+    place = tensor._tab.Pos + tensor._tab.Offset(8)  # of its field `buffer`
+    raw[place : place + 4] = other.Buffer().to_bytes(4, "little")
 
 
 def write_published(folder: Path, config: ModelConfig, int4: bool, seed: int = 0, full: bool = False) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any
 
 import pytest
 
-from conversion import readback, weights
+from conversion import readback, verify, weights
 from conversion.__main__ import main
 from conversion.export import export, export_random
+from conversion.litert import container
 from moe_jax.data import chat
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import location
 from tests.conversion.conftest import DENSE, MOE, write_run
+from tests.conversion.folders import flip_largest
 
 SMALL = dataclasses.replace(DENSE, num_layers=1)
 
@@ -30,7 +33,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def run(tokenizer, tmp_path_factory) -> Path:
-    return write_run(tmp_path_factory.mktemp("small"), SMALL, tokenizer)
+    return write_run(tmp_path_factory.mktemp("small"), SMALL, tokenizer, steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +45,11 @@ def float_run(tokenizer, tmp_path_factory) -> Path:
 def made(run, tmp_path_factory) -> dict[str, Any]:
     said: list[str] = []
     output = tmp_path_factory.mktemp("exported") / "made" / "m.litertlm"
-    return export(run, output, prefill=(4,), say=said.append) | {"said": said, "folder": output.parent}
+    report = export(run, output, step=1, prefill=(4,), say=said.append)
+    return report | {"said": said, "folder": output.parent}
 
 
-def test_a_run_becomes_a_bundle_and_a_safetensors_file_beside_it(run, made):
+def test_a_checkpoint_becomes_a_bundle_and_a_safetensors_file_beside_it(run, made):
     parts = readback.sections(made["folder"] / "m.litertlm")
     assert parts.metadata.max_num_tokens == made["context"] == 64 and made["prefill"] == [4]
     assert parts.metadata.jinja_prompt_template == chat.CHAT_TEMPLATE
@@ -68,6 +72,33 @@ def test_a_prefill_that_the_context_cannot_hold_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="--prefill 4096 is more than the context of 64; ask for at most that"):
         export(run, tmp_path / "m.litertlm", prefill=(4, 4096))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_is_held_to_the_checkpoint_of_the_step_that_is_named(run, made):
+    bundle, sizes = made["folder"] / "m.litertlm", {"texts": 1, "tokens": 6, "probes": 1, "threads": 1}
+    right, wrong = (verify.verify(run, bundle, step=step, **sizes) for step in (1, 2))
+    assert right["export"]["mismatches"] == 0 and right["parity"]["engine_tokens"] == 6
+    assert wrong["export"]["mismatches"] > 0 and wrong["parity"] == {}
+
+
+def test_a_bundle_that_does_not_hold_its_source_is_not_kept(run, made, tmp_path, monkeypatch):
+    for name in ("m.litertlm", "m.safetensors"):
+        (tmp_path / name).write_text("mine")
+    other = bytes(container.tflite(made["folder"] / "m.litertlm"))  # of step 1
+    monkeypatch.setattr("conversion.litert.lower.export_tflite", lambda _, path, *a, **b: path.write_bytes(other))
+    with pytest.raises(UserError, match=r"m\.litertlm does not hold its source \(.* differ\); check the disk"):
+        export(run, tmp_path / "m.litertlm", step=2, prefill=(4,), overwrite=True)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"m.litertlm": "mine", "m.safetensors": "mine"}
+
+
+def test_a_checkpoint_that_is_not_what_was_written_is_not_exported(tokenizer, tmp_path, capsys):
+    damaged = write_run(tmp_path, SMALL, tokenizer)
+    flip_largest(damaged)
+    before = sorted(tmp_path.iterdir())
+    for command, name in (("export", "m.litertlm"), ("gguf", "m.gguf"), ("export-hf", "hf")):
+        assert main([command, str(damaged), str(tmp_path / name)]) == 2
+        assert re.search(r"error: checkpoint .* damaged \(.* is not what was written", capsys.readouterr().err)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", ["m.litertlm", "m.safetensors"])
@@ -171,7 +202,7 @@ def test_a_tokenizer_with_more_entries_than_random_weights_is_refused(run, tmp_p
 
 def test_a_tokenizer_file_may_have_any_name(run, made, tmp_path):
     shutil.copy(run / "tokenizer.json", tmp_path / "0a1b2c")
-    again = export(run, tmp_path / "m.litertlm", prefill=(4,), tokenizer=tmp_path / "0a1b2c")
+    again = export(run, tmp_path / "m.litertlm", step=1, prefill=(4,), tokenizer=tmp_path / "0a1b2c")
     assert again["sha256"] == made["sha256"]
 
 
@@ -182,7 +213,7 @@ def test_a_run_in_a_bucket_is_exported_to_a_disk_alone(run, made, tokenizer, tmp
         for path in folder.rglob("*"):
             if path.is_file():
                 (location(f"{bucket}/{name}") / path.relative_to(folder)).write_bytes(path.read_bytes())
-    there = export(f"{bucket}/dense", tmp_path / "there.litertlm", prefill=(4,))
+    there = export(f"{bucket}/dense", tmp_path / "there.litertlm", step=1, prefill=(4,))
     assert there["sha256"] == made["sha256"]
     for command, name in (("gguf", "m.gguf"), ("export-hf", "hf")):
         for source, folder in ((str(sparse), "here"), (f"{bucket}/sparse", "there")):

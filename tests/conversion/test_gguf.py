@@ -19,7 +19,7 @@ from conversion.weights import Weights
 from moe_jax.config import DataConfig, QuantConfig, RunConfig
 from moe_jax.data.chat import CHAT_TEMPLATE
 from moe_jax.errors import UserError
-from tests.conversion.folders import ROUTED, TINY, TINY_DENSE, random_parameters, tiny_tokenizer, write_run
+from tests.conversion.folders import ROUTED, TINY, TINY_DENSE, WIDE, random_parameters, tiny_tokenizer, write_run
 
 MODELS = pytest.mark.parametrize("config", [TINY, TINY_DENSE], ids=["moe", "dense"])
 
@@ -82,8 +82,7 @@ def test_rows_of_a_head_are_in_the_order_that_is_rotated_there(tmp_path):
 
 
 def test_codes_keep_their_scale_where_groups_are_wider_than_a_block(tmp_path):
-    moe = dataclasses.replace(ROUTED, expert_width=64, shared_expert_width=128)
-    source = quantised(dataclasses.replace(TINY, num_heads=8, moe=moe), group=64)
+    source = quantised(WIDE, group=64)
     write_gguf(source, tmp_path / "m.gguf")
     _, found = read(tmp_path / "m.gguf")
     name = "model.layers.1.feed_forward.experts.down_proj"
@@ -137,13 +136,22 @@ def test_llama_cpp_is_told_all_of_the_architecture(moe, tmp_path):
         assert np.array_equal(found[f"blk.1.attn_{part}_norm.weight"], np.ones(16, np.float32))
 
 
-def test_the_same_weights_give_the_same_bytes_however_they_come(tmp_path):
-    run = write_run(tmp_path / "run", TINY, random_parameters(TINY), QuantConfig())
+@pytest.mark.parametrize(("config", "group"), [(TINY, 32), (WIDE, 64)], ids=["32", "64"])
+def test_the_same_weights_give_the_same_bytes_however_they_come(config, group, tmp_path):
+    run = write_run(tmp_path / "run", config, random_parameters(config), QuantConfig(group))
     report = export_run(run, tmp_path / "a.gguf")
-    write_gguf(quantised(TINY), tmp_path / "b.gguf", run / "tokenizer.json", name="a")
+    write_gguf(quantised(config, group), tmp_path / "b.gguf", run / "tokenizer.json", name="a")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     assert report["bytes"] == (tmp_path / "a.gguf").stat().st_size
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "b.gguf", "run"]
+
+
+def test_the_checkpoint_of_the_step_that_is_named_is_written(tmp_path):
+    run = write_run(tmp_path / "run", TINY, random_parameters(TINY), QuantConfig(), random_parameters(TINY, 1))
+    for step in (1, 2):
+        export_run(run, tmp_path / f"{step}.gguf", step=step)
+        want = weights.from_parameters(random_parameters(TINY, step - 1), TINY).int4("model.embed_tokens")
+        assert np.array_equal(read(tmp_path / f"{step}.gguf")[1]["token_embd.weight"], want.dequantize())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -15,15 +16,26 @@ from conversion.__main__ import main
 from conversion.hf_export import export_folder
 from conversion.hf_files import DTYPES, Folder
 from conversion.hf_import import import_folder
+from conversion.hf_int4 import on_grid
 from conversion.int4 import Int4, unpack_nibbles
 from moe_jax.config import DataConfig, OptimizerConfig, QuantConfig, RunConfig, SourceConfig
 from moe_jax.generate import Generator
 from moe_jax.overrides import from_dict
 from moe_jax.train.checkpoint import final_step, load_parameters
 from moe_jax.train.trainer import fit
-from tests.conversion.folders import TINY, TINY_DENSE, random_parameters, tiny_tokenizer, write_published, write_run
+from tests.conversion.folders import (
+    ROUTED,
+    TINY,
+    TINY_DENSE,
+    WIDE,
+    random_parameters,
+    tiny_tokenizer,
+    write_published,
+    write_run,
+)
 from tests.data.helpers import render_text
 
+PLAIN = dataclasses.replace(TINY, qk_norm=False, moe=dataclasses.replace(ROUTED, norm_topk_prob=False))
 IDS = np.random.default_rng(1).integers(0, 270, 100).tolist()
 
 
@@ -96,6 +108,16 @@ def test_int4_import_keeps_the_codes_along_the_input_and_tells_what_experts_lose
     assert 0 < report["requantization"]["relative_rms"] < 0.15
 
 
+def test_the_loss_that_is_told_is_what_the_grid_does_to_the_weights_of_the_folder(int4):
+    published, _, report = int4
+    moved, files = report["requantization"]["tensors"], Folder(published)
+    for tensor in keymap.hf_tensors(TINY):
+        if tensor.row.in_out:
+            said = Int4(unpack_nibbles(files.read(tensor.codes)), files.read(tensor.scales)).dequantize()
+            lost = np.linalg.norm(on_grid(said, -2, 32) - said) / np.linalg.norm(said)
+            assert moved[tensor.name]["relative_rms"] == pytest.approx(lost, rel=1e-4)
+
+
 def test_a_run_trained_here_says_what_each_layout_costs(tmp_path):
     run = write_run(tmp_path / "run", TINY, random_parameters(TINY), QuantConfig())
     with pytest.raises(Exception, match=r"experts\.gate_up_proj by \d+\.\d% .*--allow-requantization"):
@@ -104,20 +126,40 @@ def test_a_run_trained_here_says_what_each_layout_costs(tmp_path):
     report = export_folder(run, tmp_path / "int4", kind="int4-g32", allow_requantization=True)
     assert all(".experts." in name for name in report["requantization"]["tensors"])
     assert all("norm" in name or "bias" in name for name in report["rounding"]["tensors"])
-    folder, (_, parameters) = Folder(tmp_path / "int4"), load_parameters(run)
-    trained = Int4.from_float(np.ascontiguousarray(parameters["layers/attention/q/kernel"][1].T), 32)
-    name = "model.layers.1.self_attn.q_proj"
-    assert np.array_equal(unpack_nibbles(folder.read(f"{name}.qweight")), trained.codes)
-    assert np.array_equal(folder.read(f"{name}.weight_scale"), trained.scales)
+
+
+@pytest.mark.parametrize(("config", "group"), [(TINY, 32), (WIDE, 64)], ids=["32", "64"])
+def test_an_int4_folder_of_a_run_trained_here_holds_what_was_trained(config, group, tmp_path):
+    run = write_run(tmp_path / "run", config, (trained := random_parameters(config)), QuantConfig(group))
+    export_folder(run, tmp_path / "int4", kind="int4-g32", allow_requantization=True)
+    linear = Int4.from_float(np.ascontiguousarray(trained["layers/attention/q/kernel"][1].T), group)
+    linear = Int4(linear.codes, np.repeat(linear.scales, group // 32, axis=-1))
+    experts = Int4.from_float(on_grid(trained["layers/ffn/experts/down"][1], -2, group), 32)
+    folder, layer = Folder(tmp_path / "int4"), "model.layers.1."
+    for weight, codes, scales in (
+        (linear, "self_attn.q_proj.qweight", "self_attn.q_proj.weight_scale"),
+        (experts, "feed_forward.experts.down_qweight", "feed_forward.experts.down_scale"),
+    ):
+        assert np.array_equal(unpack_nibbles(folder.read(layer + codes)), weight.codes)
+        assert np.array_equal(folder.read(layer + scales), weight.scales)
+
+
+def test_the_checkpoint_of_the_step_that_is_named_is_written(tmp_path):
+    run = write_run(tmp_path / "run", TINY, random_parameters(TINY), None, random_parameters(TINY, 1))
+    for step in (1, 2):
+        export_folder(run, tmp_path / str(step), step=step)
+        want = random_parameters(TINY, step - 1)["embed/embedding"].astype(DTYPES["BF16"])
+        assert Folder(tmp_path / str(step)).read("model.embed_tokens.weight").tobytes() == want.tobytes()
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int4"])
-def test_transformers_computes_what_jax_computes(kind, tmp_path):
-    published = write_published(tmp_path / "published", TINY, int4=kind == "int4", full=True)
+@pytest.mark.parametrize("config", [TINY, PLAIN], ids=["published", "without norms"])
+def test_transformers_computes_what_jax_computes(kind, config, tmp_path):
+    published = write_published(tmp_path / "published", config, int4=kind == "int4", full=True)
     model = AutoModelForCausalLM.from_pretrained(published, trust_remote_code=True, dtype=torch.float32)
     with torch.inference_mode():
         got = model(torch.tensor([IDS])).logits[0].numpy()
-    want = Generator(TINY, as_published(published, kind == "int4")).logits(IDS)
+    want = Generator(config, as_published(published, kind == "int4")).logits(IDS)
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
 
 
@@ -135,6 +177,28 @@ def as_published(folder, int4) -> dict[str, np.ndarray]:
     for (row, _), parts in layers.items():
         found.setdefault(row.jax, []).append(keymap.from_hf(row, parts))
     return {row.jax: np.stack(found[row.jax]) if row.stacked else found[row.jax][0] for row in keymap.rows(TINY)}
+
+
+def test_transformers_tells_the_loss_of_the_next_token_and_the_last_logits_alone(bf16):
+    model = AutoModelForCausalLM.from_pretrained(bf16[0], trust_remote_code=True, dtype=torch.float32)
+    ids = torch.tensor([IDS[:20]])
+    with torch.inference_mode():
+        whole, last = model(ids, labels=ids), model(ids, logits_to_keep=3).logits
+    want = -whole.logits[0].log_softmax(-1)[torch.arange(19), ids[0, 1:]].mean()
+    torch.testing.assert_close(whole.loss, want)
+    torch.testing.assert_close(last, whole.logits[:, -3:])
+
+
+def test_routers_and_scales_are_not_rounded_where_a_folder_is_loaded_as_bfloat16(int4):
+    published, _, _ = int4
+    model = AutoModelForCausalLM.from_pretrained(published, trust_remote_code=True, dtype=torch.bfloat16)
+    held, files = model.state_dict(), Folder(published)
+    exact = [name for name in held if name.endswith(("router.weight", "expert_bias", "_scale"))]
+    for name in exact:
+        assert held[name].dtype == torch.float32
+        assert np.array_equal(held[name].numpy(), files.read(name).astype(np.float32))
+    assert len(exact) == 1 + TINY.num_layers * 11  # q, k, v, o, three of the shared expert, two of the routed
+    assert held["model.norm.weight"].dtype == torch.bfloat16
 
 
 def test_transformers_generates_with_its_cache_and_pads_on_the_left(bf16):
@@ -162,6 +226,25 @@ def test_the_tokenizer_cuts_and_frames_as_training_did(bf16, tmp_path):
     framed = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert framed == render_text(messages, True)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos, ours.eot, ours.pad)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int4-g32"])
+def test_the_small_files_say_where_text_begins_and_ends(bf16, tmp_path, kind):
+    _, run = bf16
+    export_folder(run, tmp_path / "folder", kind=kind, quantize_float=True, allow_requantization=True)
+    names = ("config", "generation_config", "tokenizer_config")
+    told = {name: json.loads((tmp_path / "folder" / f"{name}.json").read_text()) for name in names}
+    tokenizer = tiny_tokenizer()
+    ends = {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": [tokenizer.end, tokenizer.eot],
+        "pad_token_id": tokenizer.pad,
+    }
+    assert len({tokenizer.bos, tokenizer.end, tokenizer.eot, tokenizer.pad}) == 4
+    for name in ("config", "generation_config"):
+        assert {key: told[name][key] for key in ends} == ends
+    assert told["tokenizer_config"]["model_max_length"] == TINY.max_position_embeddings
+    assert ("quantization" in told["config"]) == (kind != "bf16")
 
 
 def test_shards_are_read_like_one_file(tmp_path, monkeypatch):

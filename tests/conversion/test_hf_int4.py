@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from conversion import hf_int4
 from conversion.hf_int4 import Loss, masters, on_grid, recovered
 from conversion.int4 import Int4
 from moe_jax.ops.fake_quant import int4_codes, int4_scales
@@ -61,6 +62,16 @@ def test_a_group_of_zeros_stays_zero():
     weight.codes[3, 32:64] = 0
     found, exact = recovered(masters(weight), GROUP, True)
     assert exact and not found.codes[3, 32:64].any()
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_blocks_of_rows_and_experts_leave_no_weight_out(rows, monkeypatch):
+    monkeypatch.setattr(hf_int4, "_AT_ONCE", 3 * GROUP)
+    values = np.arange(rows * GROUP).reshape(rows, GROUP)
+    blocks = [values[index] for index in hf_int4.parts(values.shape)]
+    assert np.array_equal(np.concatenate(blocks), values) and len(blocks) == -(-rows // 3)
+    experts = values.reshape(rows, 4, -1)
+    assert np.array_equal(np.stack([experts[index] for index in hf_int4.parts(experts.shape)]), experts)
 
 
 def test_loss_is_told_per_tensor_and_in_sum():

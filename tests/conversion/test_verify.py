@@ -9,16 +9,18 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as tflite
 
 from conversion import heldout, readback, verify, weights
 from conversion.export import load
-from conversion.litert import bundle
+from conversion.litert import bundle, container
 from conversion.weights import Weights
 from moe_jax.config import SourceConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.generate import Generator
 from tests.conversion.conftest import CONTEXT, MOE, write_run
+from tests.conversion.folders import share_buffer
 
 KINDS = pytest.mark.parametrize("exported", ["moe"], indirect=True)
 
@@ -93,6 +95,40 @@ def test_a_weight_that_is_not_in_the_file_is_a_mismatch(exported):
 
 
 @KINDS
+@pytest.mark.parametrize("part", ["codes", "scales"])
+def test_a_second_copy_of_a_weight_is_compared_too(exported, part):
+    raw, source, found = bytearray(exported.tflite.read_bytes()), exported.weights, {}
+    model = tflite.Model.GetRootAs(raw, 0)
+    for graph in container.entries(model, "Subgraphs"):
+        for tensor in container.entries(graph, "Tensors"):
+            if tensor.Type() == tflite.TensorType.INT4:
+                held = tensor if part == "codes" else graph.Tensors(readback._blockwise(tensor).Scales())
+                found.setdefault(tensor.Name().decode(), []).append(held)
+    name, other = (f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1))
+    expected = {n: (source.int4(n).codes, source.scales(n)) for n in source.int4_names()}
+    assert readback.compare(memoryview(raw), expected).mismatches == 0
+    assert len(found[name]) > 1  # of decode and of prefill
+    share_buffer(raw, found[name][-1], found[other][0])
+    (report,) = readback.compare(memoryview(raw), expected).reports
+    assert report.startswith(f"{name}: ") and report.endswith(f"{part} differ")
+
+
+@KINDS
+def test_every_decode_call_that_is_asked_for_is_compared_and_no_more(exported, monkeypatch):
+    model, reference = memoryview(exported.tflite.read_bytes()), verify._torch_logits
+    for place, seen in ((7, False), (8, True), (11, True), (12, False)):
+
+        def shifted(*args, place=place):
+            logits, margins = reference(*args)
+            logits[place : place + 1] += 1
+            return logits, margins
+
+        monkeypatch.setattr(verify, "_torch_logits", shifted)
+        figures = verify.torch_tflite(exported.weights, model, list(range(6, 31)), 1, 4)
+        assert (figures["torch_tflite_max_abs"] > 0.9) == seen
+
+
+@KINDS
 def test_the_whole_ladder_holds_for_a_random_model(run_dir, exported):
     result = verify.verify(run_dir, exported.bundle, texts=2, tokens=20, probes=6, threads=1)
     # Random logits lie far apart in arithmetic and close together in rank, so choices may differ at a tie.
@@ -117,9 +153,9 @@ def test_weights_that_compute_something_else_fail_the_rungs_between(run_dir, exp
     _, parameters, _ = load(run_dir)
     other, ids = weights.random(MOE, seed=9), list(range(6, 31))  # as many as above: compiled once
     assert verify.jax_torch(parameters, other, ids)["jax_torch_max_abs"] > 1e-2
-    tflite = readback.sections(exported.bundle).tflite
-    assert verify.torch_tflite(other, tflite, ids, 1, 2)["torch_tflite_median_abs"] > 1e-2
-    assert verify.torch_tflite(exported.weights, tflite, ids[:4], 1)["torch_tflite_median_abs"] < 1e-3
+    model = readback.sections(exported.bundle).tflite
+    assert verify.torch_tflite(other, model, ids, 1, 2)["torch_tflite_median_abs"] > 1e-2
+    assert verify.torch_tflite(exported.weights, model, ids[:4], 1)["torch_tflite_median_abs"] < 1e-3
 
 
 @KINDS

@@ -10,6 +10,7 @@ from conversion import weights
 from conversion.int4 import Int4
 from moe_jax.errors import UserError
 from tests.conversion.conftest import DENSE, MOE
+from tests.conversion.folders import TINY, WIDE, random_parameters
 
 
 def save(model: weights.Weights, path: Path) -> None:
@@ -17,12 +18,14 @@ def save(model: weights.Weights, path: Path) -> None:
     weights.write_safetensors(arrays, model.config, model.group, path)
 
 
-@pytest.mark.parametrize("config", [MOE, DENSE], ids=["moe", "dense"])
-def test_a_file_gives_back_every_code_scale_and_float(config, tmp_path):
-    model = weights.random(config)
+@pytest.mark.parametrize(
+    ("config", "group"), [(MOE, 32), (DENSE, 32), (WIDE, 64)], ids=["moe", "dense", "groups of 64"]
+)
+def test_a_file_gives_back_every_code_scale_and_float(config, group, tmp_path):
+    model = weights.random(config, group=group)
     save(model, tmp_path / "model.safetensors")
     back = weights.load_safetensors(tmp_path / "model.safetensors")
-    assert (back.config, back.group, back.names()) == (config, 32, model.names())
+    assert (back.config, back.group, back.names()) == (config, group, model.names())
     for name in model.names():
         if name in model.int4_names():
             assert np.array_equal(back.packed(name), model.packed(name))
@@ -35,6 +38,14 @@ def test_the_same_weights_give_the_same_bytes(tmp_path):
     for name in "ab":
         save(weights.random(MOE, seed=3), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_rounding_in_pieces_leaves_no_row_out(monkeypatch):
+    parameters = random_parameters(TINY)
+    want = dict(weights.quantised(parameters, TINY))
+    monkeypatch.setattr(weights, "_ROUNDED", 7 * 64)  # a piece of 7 rows, or of fewer where the rows do not divide
+    found = dict(weights.quantised(parameters, TINY))
+    assert found.keys() == want.keys() and all(np.array_equal(found[name], want[name]) for name in want)
 
 
 def test_fused_weights_are_their_rows_in_order():
