@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as tflite
 
 from conversion import bench, bench_profile, readback, roofline, verify
 from conversion.__main__ import main
@@ -15,6 +16,7 @@ from conversion.litert import bank, container
 from conversion.litert.engine import Engine
 from tests.conversion import ties
 from tests.conversion.conftest import CONTEXT, PREFILL, answer
+from tests.conversion.folders import share_buffer
 from tests.conversion.test_engine import CLOSE
 
 pytestmark = [
@@ -93,6 +95,22 @@ def test_a_flipped_bit_of_one_expert_is_named(run_dir, exported, kernel_bundle, 
     (tmp_path / "damaged.litertlm").write_bytes(raw)
     found = rung_1(run_dir, tmp_path / "damaged.litertlm")
     assert (found.mismatches, found.reports) == (1, [f"{EXPERTS}.{report}"])
+
+
+@pytest.mark.parametrize("part", ["self_attn.o_proj", "feed_forward.experts"])
+def test_a_second_copy_of_a_weight_is_compared_too(run_dir, exported, kernel_bundle, part):
+    raw, found = bytearray(container.tflite(kernel_bundle)), {}
+    model = tflite.Model.GetRootAs(raw, 0)
+    for graph in container.entries(model, "Subgraphs"):
+        for op in container.entries(graph, "Operators"):
+            for tensor, _ in readback.kernel_weights(model, graph, op):
+                found.setdefault(tensor.Name().decode(), []).append(tensor)
+    name, other = (f"model.layers.{layer}.{part}" for layer in (0, 1))
+    assert len(found[name]) > 1  # of decode and of prefill
+    share_buffer(raw, found[name][-1], found[other][0])
+    run, parameters, source = load(run_dir)
+    reports = verify.codes_and_scales(memoryview(raw), run.model, parameters, source.group).reports
+    assert reports and all(report.startswith(name) and report.endswith("differ") for report in reports)
 
 
 def test_the_same_weights_give_the_same_bundle(run_dir, kernel_bundle, tmp_path):
