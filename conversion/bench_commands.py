@@ -135,8 +135,8 @@ def _bench(arguments: Any) -> dict[str, Any]:
 def _bench_layer(arguments: Any) -> dict[str, Any]:
     from conversion import bench_layer
 
-    given = options(arguments, "width", "expert_width", "count", "choices")
-    shape = arguments.d_model, arguments.expert_width, arguments.num_experts, arguments.num_experts_per_tok
+    names = "d_model", "expert_width", "num_experts", "num_experts_per_tok"
+    given, shape = options(arguments, *names), tuple(getattr(arguments, name) for name in names)
     result = bench_layer.bench_layer(**given, shape=shape, say=say)
     print(bench_layer.table(result))
     return result

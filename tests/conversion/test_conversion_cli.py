@@ -117,3 +117,13 @@ def test_chat_answers_a_prompt_and_every_line_of_a_conversation(exported, capsys
     assert main(["chat", str(exported.bundle), "--max-tokens", "3"]) == 0
     both = capsys.readouterr().out
     assert once.strip() and both.startswith(once) and len(both) > len(once)
+
+
+def test_bench_layer_measures_the_shape_that_is_asked_for(tmp_path):
+    shape = {"d-model": 64, "expert-width": 32, "num-experts": 5, "num-experts-per-tok": 2}
+    words = [word for name, value in shape.items() for word in (f"--{name}", str(value))]
+    rest = ["--tokens", "1,128", "--seconds", "0", "--threads", "1", "--json", str(tmp_path / "layer.json")]
+    assert main(["bench-layer", *words, *rest]) == 0
+    found = json.loads((tmp_path / "layer.json").read_text())
+    assert found["shape"] == dict(zip("DFEK", shape.values(), strict=True))
+    assert found["decode_over_dense"] > 0 and found["prefill128_over_dense"] > 0
