@@ -158,8 +158,12 @@ def add_design_command(commands: Any) -> None:
         "--active", type=number, required=True, metavar="B", help="most active parameters, in billions"
     )
     budget = sub.add_mutually_exclusive_group()
-    budget.add_argument("--tokens", type=number, metavar="N", help="tokens to train on (default: 500e9)")
-    budget.add_argument("--flops", type=number, metavar="N", help="training compute, 6 N D, that sets the tokens")
+    budget.add_argument(
+        "--tokens", type=at_least(1, float), metavar="N", help="tokens to train on (default: 500e9)"
+    )
+    budget.add_argument(
+        "--flops", type=at_least(1, float), metavar="N", help="training compute, 6 N D, that sets the tokens"
+    )
     sub.add_argument(
         "--context", type=at_least(1), default=2048, metavar="N", help="tokens of cache (default: 2048)"
     )

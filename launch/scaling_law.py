@@ -23,6 +23,7 @@ from moe_jax.errors import UserError
 _MOST_EXPERTS = 32.0
 _HUBER = 1e-3  # log-loss from which a point counts linearly: Chinchilla's delta (arXiv 2203.15556, appendix D.2)
 _STARTS = 12
+_LEAST = 10  # models for nine coefficients
 _DISTINCT = 3  # values of N, D and E each without which the nine coefficients are not determined
 Span = tuple[float, float]
 
@@ -85,10 +86,10 @@ def fit_law(points: Sequence[Point]) -> tuple[Law, float]:
     """
     columns = np.array([point[:3] for point in points], float).reshape(-1, 3).T
     distinct = [len(np.unique(column.round(6))) for column in columns]
-    if len(points) < len(Law._fields) or min(distinct) < _DISTINCT:
+    if len(points) < _LEAST or min(distinct) < _DISTINCT:
         raise UserError(
             f"{len(points)} models with {distinct[0]} sizes, {distinct[1]} token counts and {distinct[2]} numbers "
-            f"of experts do not determine the law; train {len(Law._fields)} or more, {_DISTINCT} or more of each"
+            f"of experts do not determine the law; train {_LEAST} or more, {_DISTINCT} or more of each"
         )
     found = np.log([point.loss for point in points])
 

@@ -152,7 +152,7 @@ class _Trainer:
 
     def run(self, changes: dict[str, tuple[Any, Any]]) -> None:
         """Train to the last step, going back and past bad batches where the config says so."""
-        if removed := self.checkpoints.clean():
+        if (removed := self.checkpoints.clean()) and is_first():
             print(
                 f"removed {', '.join(removed)}, which no save ended (no checksums.json)",
                 file=sys.stderr,
