@@ -28,7 +28,7 @@ from moe_jax.overrides import to_dict
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = DEVICES = 2
-EVERY, KEEP = 20, 3  # steps between two saves; checkpoints that stay
+EVERY, KEEP = 10, 3  # steps between two saves; checkpoints that stay
 HANG_SECONDS = 20.0
 _RESTARTS = 1000
 _ROWS, _LENGTH, _VOCAB = 4, 32, 290

@@ -81,12 +81,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     overrides = ["steps=12", "checkpoint.every_steps=4", "checkpoint.keep=2", "remat=nothing"]
     cfg = apply(cfg, [*overrides, "compute_dtype=float32", "optimizer.learning_rate=0.01"])
     write_json(root / "config.json", to_dict(cfg))
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-    }
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     jax.config.update("jax_compilation_cache_dir", cache["JAX_COMPILATION_CACHE_DIR"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     package = str(Path(__file__).parents[2])
     env = os.environ | cache | {"PYTHONPATH": package, "JAX_PLATFORMS": "cpu"}
     # Compiled programs are found again only by processes with as many devices.

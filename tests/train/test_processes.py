@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,16 +121,23 @@ def test_a_notice_to_one_process_is_granted_by_both_at_one_step(tiny, in_two, tm
     assert losses(run) == losses(in_two)
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(1, 4), (4, 1)])
-def test_a_run_goes_on_in_another_number_of_processes(tiny, in_two, tmp_path, processes, devices):
-    run = tmp_path / "run"
-    statuses, said = finish(start(tiny, run, "steps=8", CONSTANT))
+@pytest.fixture(scope="module")
+def half_and_whole(tiny, tmp_path_factory) -> tuple[Path, Path]:
+    """8 steps in two processes, and all 12 in one."""
+    folder = tmp_path_factory.mktemp("others")
+    statuses, said = finish(start(tiny, folder / "half", "steps=8", CONSTANT))
     assert statuses == [0, 0], said
+    return folder / "half", Path(fit(tiny.variant(*MESH, CONSTANT), folder / "whole", jax.devices()[:4]))
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(1, 4), (4, 1)])
+def test_a_run_goes_on_in_another_number_of_processes(tiny, half_and_whole, tmp_path, processes, devices):
+    half, whole = half_and_whole
+    run = shutil.copytree(half, tmp_path / "run")
     statuses, said = finish(start(tiny, run, CONSTANT, processes=processes, devices=devices))
     assert set(statuses) == {0}, said
     assert complete_steps(run)[-1] == 12
-    whole = fit(tiny.variant(*MESH, CONSTANT), tmp_path / "whole", jax.devices()[:4])
-    np.testing.assert_allclose(losses(run), losses(Path(whole)), rtol=1e-4)
+    np.testing.assert_allclose(losses(run), losses(whole), rtol=1e-4)
 
 
 def test_what_one_process_refuses_ends_all(tiny, in_two):
