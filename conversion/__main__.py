@@ -112,6 +112,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--texts", type=at_least(1), default=16, help="held-out pieces that the engine reads")
     sub.add_argument("--tokens", type=at_least(1), default=128, help="tokens of each")
     sub.add_argument("--probes", type=at_least(1), default=16, help="next tokens asked for in each")
+    sub.add_argument(
+        "--arm",
+        nargs="?",
+        const="cortex-a76",
+        metavar="CPU",
+        help="ask the engine's Arm build too, on a processor that qemu-aarch64 emulates (default cortex-a76; "
+        "cortex-a710 has i8mm); needs QEMU 10 and a cross compiler",
+    )
     add_threads(sub)
     add_json(sub)
 

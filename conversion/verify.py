@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from conversion import MASKED, heldout, keymap, readback, torch_ops
+from conversion.arm import machine as machines
+from conversion.arm.engine import RemoteEngine
 from conversion.export import load, matching_tokenizer
 from conversion.kernel import register
 from conversion.litert.container import intact
@@ -38,6 +40,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "torch_tflite_median_abs": (0, 1e-2),
     "engine_nll_diff_nats": (0, 0.02),
     "engine_top1_agreement": (0.98, 1),
+    "arm_nll_diff_nats": (0, 0.02),
+    "arm_top1_agreement": (0.98, 1),
     "chat_start_tokens": (1, 1),
     "chat_wrong_ids": (0, 0),
 }
@@ -56,16 +60,18 @@ def verify(
     tokens: int = 128,
     probes: int = 16,
     threads: int = 2,
+    arm: str | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Climb all rungs; {"export": ..., "parity": ..., "failed": [a sentence for each broken promise]}.
 
     The engine reads `texts` held-out pieces of `tokens` tokens and is asked for its next token at `probes` places
-    of each. A file without the checkpoint's weights or tokenizer ends the climb. Raises UserError for what cannot
-    be read.
+    of each; with `arm`, so is its Arm build on that processor of QEMU's. A file without the checkpoint's weights or
+    tokenizer ends the climb. Raises UserError for what cannot be read.
     """
     from moe_jax.generate import Generator
 
+    machine = machines.arm(arm) if arm else None
     run, parameters, source = load(run_dir, step, quantize_float)
     _, tokens_of = matching_tokenizer(run_dir, run, tokenizer, step)
     parts = readback.sections(bundle)
@@ -98,6 +104,10 @@ def verify(
     generator = Generator(run.model, dict(parameters), run.quant or QuantConfig(source.group))
     with Engine(bundle, threads, measured=True) as engine:
         parity |= engine_jax(engine, generator, tokens_of, pieces, probes)
+        if machine:
+            say(f"rung 4 again: the engine's Arm build on an emulated {arm}")
+            with RemoteEngine(bundle, engine, machine, threads) as remote:
+                parity |= engine_jax(remote, generator, tokens_of, pieces, probes, "arm")
         say("rung 5: the chat template")
         parity |= chat_template(engine, tokens_of)
     result["failed"] += broken(parity)
@@ -188,7 +198,12 @@ def torch_tflite(
 
 
 def engine_jax(
-    engine: Engine, generator: Any, tokenizer: Tokenizer, pieces: Sequence[Sequence[int]], probes: int
+    engine: Engine | RemoteEngine,
+    generator: Any,
+    tokenizer: Tokenizer,
+    pieces: Sequence[Sequence[int]],
+    probes: int,
+    name: str = "engine",
 ) -> dict[str, float]:
     """Rung 4: likelihoods of every token and choices at `probes` places of each piece, engine against JAX QAT."""
     ours, theirs, agree, asked = [], [], 0, 0
@@ -208,14 +223,14 @@ def engine_jax(
     ours, theirs = np.concatenate(ours), np.concatenate(theirs)
     figures = {
         "jax_nll_nats": float(-ours.mean()),
-        "engine_nll_nats": float(-theirs.mean()),
-        "engine_nll_diff_nats": float(abs((theirs - ours).mean())),
-        "engine_token_median_abs_nats": float(np.median(np.abs(theirs - ours))),
-        "engine_token_max_abs_nats": float(np.abs(theirs - ours).max()),
-        "engine_tokens": len(ours),
-        "engine_top1_asked": asked,
+        f"{name}_nll_nats": float(-theirs.mean()),
+        f"{name}_nll_diff_nats": float(abs((theirs - ours).mean())),
+        f"{name}_token_median_abs_nats": float(np.median(np.abs(theirs - ours))),
+        f"{name}_token_max_abs_nats": float(np.abs(theirs - ours).max()),
+        f"{name}_tokens": len(ours),
+        f"{name}_top1_asked": asked,
     }
-    return figures | ({"engine_top1_agreement": agree / asked} if asked else {})
+    return figures | ({f"{name}_top1_agreement": agree / asked} if asked else {})
 
 
 def chat_template(engine: Engine, tokenizer: Tokenizer) -> dict[str, int]:

@@ -1,6 +1,6 @@
-"""The kernel's shared library, compiled at first use and kept in the user's cache by what it was made of.
+"""C++ of this package, compiled at first use and kept in the user's cache by what it was made of.
 
-CMakeLists.txt builds the same sources for phones; here a compiler is all that is needed.
+CMakeLists.txt builds the kernel for phones; here a compiler is all that is needed.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from moe_jax.errors import UserError
@@ -23,44 +23,60 @@ _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hid
 
 
 @functools.cache
-def library() -> Path:
-    """The library, built if there is none of these sources; UserError without a C++ compiler or if it fails."""
-    compiler = find_compiler()
+def library(target: str = "") -> Path:
+    """The kernel, built if there is none of these sources; for another machine than this by its GNU name.
+
+    Raises UserError without a C++ compiler or if it fails.
+    """
+    compiler = find_compiler(target)
     if compiler is None:
+        wanted = f"{target}-g++ is not" if target else "none of $CXX, c++, g++ and clang++ is"
         raise UserError(
-            "the kernel needs a C++ compiler and none of $CXX, c++, g++ and clang++ is there; "
-            "install g++, or export with --experts sparse, which needs no kernel"
+            f"the kernel needs a C++ compiler and {wanted} there; "
+            f"install g++{'-' * bool(target) + target}, or export with --experts sparse, which needs no kernel"
         )
     sources = sorted(path for path in _SOURCES.iterdir() if path.stem != "layer_main")
-    command = [compiler, *_FLAGS, f"-Wl,-soname,{LIBRARY}"]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    # A home may be shared by machines of several kinds, and GCC's version does not tell them apart.
-    digest = hashlib.sha256("\0".join([*command, version, platform.machine()]).encode())
-    for path in sources:
-        digest.update(path.read_bytes())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "moe_jax" / "kernel" / digest.hexdigest()[:16]
-    if not (folder / LIBRARY).exists():
-        _compile([*command, *(str(path) for path in sources if path.suffix == ".cc")], folder)
-    return folder / LIBRARY
+    return compiled(LIBRARY, sources, compiler, (*_FLAGS, f"-Wl,-soname,{LIBRARY}"))
 
 
-def find_compiler() -> str | None:
-    """The path of $CXX or of the first usual C++ compiler."""
-    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+def find_compiler(target: str = "") -> str | None:
+    """The path of $CXX or of the first usual C++ compiler; of the cross compiler for a target."""
+    names = (f"{target}-g++",) if target else (os.environ.get("CXX"), "c++", "g++", "clang++")
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def _compile(command: list[str], folder: Path) -> None:
+def cache() -> Path:
+    """The folder of what is made once per user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_jax"
+
+
+def compiled(name: str, sources: Sequence[Path], compiler: str, flags: Sequence[str]) -> Path:
+    """A library or program of these sources (headers among them), built if there is none; UserError if it fails."""
+    command = [compiler, *flags]
+    # A home may be shared by machines of several kinds, and GCC's version does not tell them apart.
+    kind = [subprocess.run([compiler, ask], capture_output=True, text=True).stdout for ask in _IDENTITY]
+    digest = hashlib.sha256("\0".join([*command, *kind]).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    folder = cache() / "kernel" / digest.hexdigest()[:16]
+    if not (folder / name).exists():
+        _compile([*command, *(str(path) for path in sources if path.suffix == ".cc")], folder / name)
+    return folder / name
+
+
+_IDENTITY = ("--version", "-dumpmachine")
+
+
+def _compile(command: list[str], path: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch, LIBRARY)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            made = Path(scratch, path.name)
             done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
             if done.returncode:
                 lines = done.stderr.splitlines() or [f"status {done.returncode}"]
                 first = next((line for line in lines if "error" in line), lines[0])
-                raise UserError(f"{command[0]} cannot compile the kernel ({first}); name another compiler in CXX")
-            made.replace(folder / LIBRARY)
+                raise UserError(f"{command[0]} cannot compile {path.name} ({first}); name another compiler in CXX")
+            made.replace(path)
     except OSError as error:
-        raise UserError(f"cannot build in {folder}: {error.strerror}; set XDG_CACHE_HOME elsewhere") from error
+        raise UserError(f"cannot build in {path.parent}: {error.strerror}; set XDG_CACHE_HOME elsewhere") from error

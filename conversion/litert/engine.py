@@ -26,7 +26,10 @@ GREEDY = interfaces.SamplerConfig(top_k=1, temperature=0.0)
 
 
 class Engine:
-    """A loaded bundle; use as a context manager. The weight cache keeps one packed copy for all signatures."""
+    """A loaded bundle; use as a context manager. The weight cache keeps one packed copy for all signatures.
+
+    `stop_tokens` end an answer; `start_text` is the text of the start token.
+    """
 
     def __init__(
         self, path: str | Path, threads: int = 2, cache_dir: str | Path | None = None, measured: bool = False
@@ -58,7 +61,7 @@ class Engine:
         start = self._engine.bos_token_id
         if start is None:
             raise UserError(f"{path} names no start token; export it again")
-        self._start = self._engine.detokenize([start])
+        self.start_text = self._engine.detokenize([start])
 
     def __enter__(self) -> Engine:
         return self
@@ -126,7 +129,7 @@ class Engine:
         The text must fit the bundle's context.
         """
         with self._session(1) as session:
-            _fits(session.run_prefill, [self._start])
+            _fits(session.run_prefill, [self.start_text])
             return np.array(_fits(session.run_text_scoring, [text]).token_scores[0])
 
     def _session(self, max_tokens: int) -> interfaces.AbstractSession:

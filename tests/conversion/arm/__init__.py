@@ -1,0 +1,1 @@
+"""Bundles in LiteRT-LM's Arm build on emulated processors (`make arm`)."""
