@@ -1,7 +1,8 @@
 """Every option of a run, as nested frozen dataclasses validated where they are built.
 
 Values that follow from others (parameter counts, steps from tokens, tiles from shapes) are never options.
-`moe_jax.overrides` reads and writes these classes; `tests/test_config.py` freezes the list of fields.
+`moe_jax.overrides` reads and writes these classes; `tests/test_config.py` freezes the list of fields. A new option
+has the default that does what was done before it came, so that runs of earlier versions go on.
 """
 
 from __future__ import annotations

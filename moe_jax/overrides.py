@@ -29,7 +29,10 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(cls: type[T], data: Any, path: str = "") -> T:
-    """The config of class `cls` that `to_dict` wrote; a missing, unknown or mistyped key is a UserError."""
+    """The config of class `cls` that `to_dict` wrote; an unknown or mistyped key is a UserError.
+
+    A missing one has its default: what an earlier version wrote did not know it yet.
+    """
     return typing.cast(T, _build(cls, data, path))
 
 
@@ -117,9 +120,7 @@ def _build(hint: Any, data: Any, path: str) -> Any:
         for name in data:
             if name not in hints:
                 raise UserError(f"unknown option {dot + str(name)!r}{nearest(str(name), list(hints))}")
-        if missing := [dot + name for name in hints if name not in data]:
-            raise UserError(f"the config misses {', '.join(missing)}; add it with its value")
-        return hint(**{name: _build(hints[name], data[name], dot + name) for name in hints})
+        return hint(**{name: _build(hints[name], part, dot + name) for name, part in data.items()})
     if hint is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if type(data) is not hint:

@@ -136,6 +136,11 @@ class Metrics:
         self._board.scalars(step, points)
         self._show(step, line)
 
+    def heldout(self, step: int, loss: float) -> None:
+        """A point of the loss on held-out text beside the curves of training; its record is in the history."""
+        if self._writes:
+            self._board.scalars(step, {"heldout_loss": loss})
+
     def _show(self, step: int, line: dict[str, Any]) -> None:
         self._bar.set_postfix(loss=f"{line['loss']:.3f}", tok_s=f"{line['tokens_per_second']:,.0f}", refresh=False)
         self._bar.update(step - self._bar.n)

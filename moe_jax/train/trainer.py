@@ -252,7 +252,7 @@ class _Trainer:
                 if bad:
                     return bad
                 metrics.flush()
-                self._save(step, wait=vote_of_all == _STOP)
+                self._save(step, metrics, wait=vote_of_all == _STOP)
                 clock = StepClock()  # no step's time holds a save
                 if vote_of_all == _STOP:
                     raise Preempted(
@@ -302,11 +302,13 @@ class _Trainer:
         self.history.event("compiled", step - 1, seconds=round(time.perf_counter() - begin, 3))
         self.dog.beat(step)
 
-    def _save(self, step: int, wait: bool) -> None:
+    def _save(self, step: int, metrics: Metrics, wait: bool) -> None:
         begin = time.perf_counter()
         self.still_ours()
         with self.goodput.spent("save"):
             heldout = self._heldout_loss(step) if self.heldout else None
+            if heldout is not None:
+                metrics.heldout(step, heldout)
             stored = {
                 "config": to_dict(self.cfg),
                 "data": self.data.get_state(),
