@@ -26,7 +26,7 @@ from ai_edge_litert.environment import Environment
 from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 from ai_edge_litert.options import Options
 
-from conversion.bench_runtime import quiet
+from conversion.bench_runtime import quiet, quiet_at_exit
 from conversion.int4 import Int4
 from conversion.litert import bank as banks
 from conversion.litert import kernel_op
@@ -130,7 +130,9 @@ def bench_layer(
     if experts == "kernel":
         from conversion.kernel import register
 
-        environment = register.environment()
+        with quiet():
+            environment = register.environment()
+    quiet_at_exit()
     result: dict[str, Any] = {"experts": experts, "shape": dict(zip("DFEK", shape, strict=True))}
     for count in tokens:
         say(f"{count} tokens")
@@ -139,6 +141,8 @@ def bench_layer(
         result[f"tokens_{count}"] = found
         name = "decode" if count == 1 else f"prefill{count}"
         result[f"{name}_over_dense"] = found["sparse"]["median_ratio"]
+    with quiet():
+        del environment
     return result
 
 
@@ -171,6 +175,9 @@ def _measure(
         weights = rng.uniform(0.1, 1, (tokens, k)).astype(np.float32)
         return {"x": rng.standard_normal((tokens, d), np.float32), "ids": ids, "weights": weights}
 
+    with quiet():  # a process's first use of a buffer makes an environment, with all that it tells
+        for runner in runners.values():
+            runner.seconds(feed())
     times: dict[tuple[str, int], list[float]] = {key: [] for key in runners}
     for _ in range(_ROUNDS):
         for (name, n), runner in runners.items():
@@ -180,6 +187,9 @@ def _measure(
             calls = max(2, round(seconds / _ROUNDS / first))
             series = [runner.seconds(feed(), i % turns) for i in range(calls + calls // 4)]
             times[name, n] += series[calls // 4 :]  # without those that warm up
+    with quiet():
+        del runner
+        runners.clear()  # and so does the end of one
     results = {}
     for name in models:
         best = min(range(1, threads + 1), key=lambda n: np.median(times[name, n]))

@@ -6,6 +6,7 @@ signatures' lengths, then one token at a time, with the cache's buffers being in
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 from collections.abc import Iterator, Sequence
@@ -152,6 +153,12 @@ def quiet() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nothing)
+
+
+@cache
+def quiet_at_exit() -> None:
+    """The same for the end of this process, where the runtime tells of the accelerators that go."""
+    atexit.register(os.dup2, os.open(os.devnull, os.O_WRONLY), 2)
 
 
 @cache

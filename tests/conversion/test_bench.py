@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,13 @@ def test_one_layer_is_measured_against_the_dense_one():
     assert result["decode_over_dense"] == result["tokens_1"]["sparse"]["median_ratio"] > 0
     assert result["prefill4_over_dense"] == result["tokens_4"]["sparse"]["median_ratio"] > 0
     assert result["tokens_1"]["dense"]["median_ratio"] == 1 and "streamed" in bench_layer.table(result)
+
+
+def test_the_runtimes_own_talk_is_not_heard_beside_the_figures():
+    words = ["bench-layer", "--tokens", "1", "--threads", "1", "--seconds", "0.02"]
+    words += ["--d-model", "64", "--expert-width", "32", "--num-experts", "4"]
+    done = subprocess.run([sys.executable, "-m", "conversion", *words], capture_output=True, text=True, check=True)
+    assert done.stderr == "1 tokens\n" and done.stdout.startswith("1 tokens; rows of")
 
 
 @pytest.mark.parametrize("shape", [(64, 32, 2, 4), (40, 32, 4, 2), (64, 16, 4, 2)], ids=str)
