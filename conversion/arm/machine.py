@@ -47,6 +47,8 @@ def arm(processor: str) -> Machine:
     loader = subprocess.run(
         [compiler, "-print-file-name=ld-linux-aarch64.so.1"], capture_output=True, text=True, check=True
     ).stdout.strip()
+    if not os.path.isabs(loader):  # what is not found comes back as it was asked for
+        raise UserError(f"{compiler} has no C library for Arm; install libc6-dev-arm64-cross, or leave out --arm")
     root = Path(os.path.normpath(loader)).parents[1]  # above lib/
     return Machine(TARGET, (emulator, "-cpu", processor, "-L", str(root)), _library())
 

@@ -78,6 +78,16 @@ def test_what_emulation_lacks_is_named(monkeypatch, tmp_path, there, missing):
         machine.arm("cortex-a76")
 
 
+def test_a_cross_compiler_alone_is_not_enough(monkeypatch, tmp_path):
+    (tmp_path / "qemu-aarch64").touch(mode=0o755)
+    compiler = tmp_path / f"{machine.TARGET}-g++"
+    compiler.write_text("#!/bin/sh\necho ld-linux-aarch64.so.1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match=r"aarch64-linux-gnu-g\+\+ has no C library for Arm; install libc6-dev"):
+        machine.arm("cortex-a76")
+
+
 def test_a_package_index_out_of_reach_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
