@@ -1,20 +1,22 @@
 """The one table that ties a JAX parameter to its names in PyTorch, Hugging Face files and GGUF, both ways.
 
-A row gives the JAX path, its shape in letters, how one layer's array is laid out on the other side, and which
-tensors are INT4. Layers are stacked on a leading axis in JAX and are separate tensors everywhere else.
-Legend: D model, NH query heads x width, GH key/value heads x width, E experts, F expert width, S shared width,
-W dense feed-forward width, V vocabulary.
+A row gives the JAX path and how one layer's array is laid out on the other side; its shape, and whether it is INT4,
+are those of `moe_jax.model.describe`. Layers are stacked on a leading axis in JAX and are separate tensors
+everywhere else.
+Legend: D model, F width of a feed-forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.errors import UserError
+from moe_jax.model.describe import describe
 
 _LAYER = "model.layers.{}."
 _FFN = _LAYER + "feed_forward."
@@ -27,18 +29,18 @@ class Row:
 
     Hugging Face files name a tensor as PyTorch does and lay it out alike, except `in_out` ones: those keep the axes
     of JAX, with INT4 groups along the output. A tensor with two GGUF names for one PyTorch name is cut in two along
-    the output; `rotated` ones have the rows of each head in another order there.
+    the output; `rotated` ones have the rows of each head in another order there. `shape`, of one layer, and `int4`
+    are a model's: `rows` fills them in.
     """
 
     jax: str
-    shape: str
     layout: str
     torch: tuple[str, ...]
     gguf: tuple[str, ...]
-    int4: bool = False
-    needs: str = ""  # moe, shared or dense: the part of the model that the row belongs to
     in_out: bool = False
     rotated: bool = False
+    shape: tuple[int, ...] = ()
+    int4: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -47,23 +49,21 @@ class Row:
 
 
 def _norm(jax: str, torch: str, gguf: str) -> Row:
-    return Row(f"{jax}/scale", "D", "copy", (f"{torch}.weight",), (f"{gguf}.weight",))
+    return Row(f"{jax}/scale", "copy", (f"{torch}.weight",), (f"{gguf}.weight",))
 
 
-def _attention(part: str, shape: str, gguf: str) -> Row:
+def _attention(part: str, gguf: str) -> Row:
     path, name = f"layers/attention/{part}/kernel", _LAYER + f"self_attn.{part}_proj"
-    return Row(path, shape, "transpose", (name,), (_BLOCK + f"{gguf}.weight",), int4=True, rotated=part in "qk")
+    return Row(path, "transpose", (name,), (_BLOCK + f"{gguf}.weight",), rotated=part in "qk")
 
 
-def _pair(jax: str, shape: str, torch: str, gguf: str, needs: str) -> Row:
+def _pair(jax: str, torch: str, gguf: str) -> Row:
     """Gate and up in one array."""
-    names = tuple(_FFN + f"{torch}{part}_proj" for part in ("gate", "up"))
-    return Row(jax, shape, "split", names, _gguf_pair(gguf), int4=True, needs=needs)
+    return Row(jax, "split", tuple(_FFN + f"{torch}{part}_proj" for part in ("gate", "up")), _gguf_pair(gguf))
 
 
-def _down(jax: str, shape: str, torch: str, gguf: str, needs: str, in_out: bool = False) -> Row:
-    name, there = _FFN + f"{torch}down_proj", _BLOCK + f"ffn_down{gguf}.weight"
-    return Row(jax, shape, "transpose", (name,), (there,), int4=True, needs=needs, in_out=in_out)
+def _down(jax: str, torch: str, gguf: str, in_out: bool = False) -> Row:
+    return Row(jax, "transpose", (_FFN + f"{torch}down_proj",), (_BLOCK + f"ffn_down{gguf}.weight",), in_out=in_out)
 
 
 def _gguf_pair(suffix: str) -> tuple[str, str]:
@@ -71,61 +71,45 @@ def _gguf_pair(suffix: str) -> tuple[str, str]:
 
 
 TABLE = (
-    Row("embed/embedding", "V D", "copy", ("model.embed_tokens",), ("token_embd.weight",), int4=True),
+    Row("embed/embedding", "copy", ("model.embed_tokens",), ("token_embd.weight",)),
     _norm("final_norm", "model.norm", "output_norm"),
     _norm("layers/attention_norm", _LAYER + "input_layernorm", _BLOCK + "attn_norm"),
     _norm("layers/ffn_norm", _LAYER + "post_attention_layernorm", _BLOCK + "ffn_norm"),
-    _attention("q", "D NH", "attn_q"),
-    _attention("k", "D GH", "attn_k"),
-    _attention("v", "D GH", "attn_v"),
-    _attention("o", "NH D", "attn_output"),
-    Row(
-        "layers/ffn/router/kernel",
-        "D E",
-        "transpose",
-        (_FFN + "router.weight",),
-        (_BLOCK + "ffn_gate_inp.weight",),
-        needs="moe",
-    ),
-    Row(
-        "layers/ffn/router/bias", "E", "copy", (_FFN + "expert_bias",), (_BLOCK + "exp_probs_b.bias",), needs="moe"
-    ),
+    _attention("q", "attn_q"),
+    _attention("k", "attn_k"),
+    _attention("v", "attn_v"),
+    _attention("o", "attn_output"),
+    Row("layers/ffn/router/kernel", "transpose", (_FFN + "router.weight",), (_BLOCK + "ffn_gate_inp.weight",)),
+    Row("layers/ffn/router/bias", "copy", (_FFN + "expert_bias",), (_BLOCK + "exp_probs_b.bias",)),
     Row(
         "layers/ffn/experts/gate_up",
-        "E D 2F",
         "transpose",
         (_FFN + "experts.gate_up_proj",),
         _gguf_pair("_exps"),
-        int4=True,
-        needs="moe",
         in_out=True,
     ),
-    _down("layers/ffn/experts/down", "E F D", "experts.", "_exps", "moe", in_out=True),
-    _pair("layers/ffn/shared/gate_up", "D 2 S", "shared_expert.", "_shexp", "shared"),
-    _down("layers/ffn/shared/down", "S D", "shared_expert.", "_shexp", "shared"),
-    _pair("layers/ffn/gate_up", "D 2 W", "", "", "dense"),
-    _down("layers/ffn/down", "W D", "", "", "dense"),
+    _down("layers/ffn/experts/down", "experts.", "_exps", in_out=True),
+    _pair("layers/ffn/shared/gate_up", "shared_expert.", "_shexp"),
+    _down("layers/ffn/shared/down", "shared_expert.", "_shexp"),
+    _pair("layers/ffn/gate_up", "", ""),
+    _down("layers/ffn/down", "", ""),
 )
 
 
-def rows(config: ModelConfig) -> list[Row]:
+@cache
+def rows(config: ModelConfig) -> tuple[Row, ...]:
     """The rows of the table that a model of this configuration has."""
-    parts = {""}
-    if config.moe is None:
-        parts.add("dense")
-    else:
-        parts |= {"moe", "shared"} if config.moe.shared_expert_width else {"moe"}
-    return [row for row in TABLE if row.needs in parts]
+    leaves = describe(config)
+    return tuple(
+        replace(row, shape=leaf.shape[1:] if row.stacked else leaf.shape, int4=leaf.quant_axis is not None)
+        for row in TABLE
+        if (leaf := leaves.get(row.jax))
+    )
 
 
 def jax_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """JAX path to shape, layers stacked."""
-    letters = _letters(config)
-    return {
-        row.jax: ((config.num_layers,) if row.stacked else ())
-        + tuple(letters[letter] for letter in row.shape.split())
-        for row in rows(config)
-    }
+    """JAX path to shape, layers stacked, in the order of the table."""
+    return {row.jax: ((config.num_layers,) if row.stacked else ()) + row.shape for row in rows(config)}
 
 
 @dataclass(frozen=True)
@@ -139,11 +123,10 @@ class TorchTensor:
 
 def torch_tensors(config: ModelConfig) -> list[TorchTensor]:
     """Every tensor of the model on the PyTorch side, in the order of the table."""
-    letters, found = _letters(config), []
+    found = []
     for row in rows(config):
-        shape = _laid_out_shape(row, tuple(letters[letter] for letter in row.shape.split()))
         for layer in _layers(row, config):
-            found += [TorchTensor(name.format(layer), shape, row.int4) for name in row.torch]
+            found += [TorchTensor(name.format(layer), _laid_out_shape(row), row.int4) for name in row.torch]
     return found
 
 
@@ -199,10 +182,9 @@ class HfTensor:
 
 def hf_tensors(config: ModelConfig) -> list[HfTensor]:
     """Every tensor of the published layouts, in the order of the table, those of one row and layer side by side."""
-    letters, found = _letters(config), []
+    found = []
     for row in rows(config):
-        shape = tuple(letters[letter] for letter in row.shape.split())
-        shape = shape if row.in_out else _laid_out_shape(row, shape)
+        shape = row.shape if row.in_out else _laid_out_shape(row)
         for layer in _layers(row, config):
             for name in (template.format(layer) for template in row.torch):
                 full = name if row.in_out or not row.int4 else f"{name}.weight"
@@ -233,9 +215,9 @@ class GgufTensor:
 
 def gguf_tensors(config: ModelConfig) -> list[GgufTensor]:
     """Every tensor of the model in GGUF (llama.cpp's own additions aside), in the order of the table."""
-    letters, found = _letters(config), []
+    found = []
     for row in rows(config):
-        shape = _laid_out_shape(row, tuple(letters[letter] for letter in row.shape.split()))
+        shape = _laid_out_shape(row)
         cuts = len(row.gguf) // len(row.torch)
         part = (*shape[:-2], shape[-2] // cuts, shape[-1]) if cuts > 1 else shape
         for layer in _layers(row, config):
@@ -246,30 +228,14 @@ def gguf_tensors(config: ModelConfig) -> list[GgufTensor]:
     return found
 
 
-def _letters(config: ModelConfig) -> dict[str, int]:
-    moe = config.moe
-    letters = {
-        "V": config.vocab_size,
-        "D": config.d_model,
-        "NH": config.num_heads * config.head_dim,
-        "GH": config.num_kv_heads * config.head_dim,
-        "W": config.ffn_width,
-        "2": 2,
-    }
-    if moe is not None:
-        letters |= {"E": moe.num_experts, "F": moe.expert_width, "2F": 2 * moe.expert_width}
-        letters["S"] = moe.shared_expert_width
-    return letters
-
-
 def _layers(row: Row, config: ModelConfig) -> range:
     return range(config.num_layers if row.stacked else 1)
 
 
-def _laid_out_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _laid_out_shape(row: Row) -> tuple[int, ...]:
     if row.layout == "split":
-        return shape[2], shape[0]
-    return shape if row.layout == "copy" else (*shape[:-2], shape[-1], shape[-2])
+        return row.shape[2], row.shape[0]
+    return row.shape if row.layout == "copy" else (*row.shape[:-2], row.shape[-1], row.shape[-2])
 
 
 def _lay_out(row: Row, value: np.ndarray) -> list[np.ndarray]:

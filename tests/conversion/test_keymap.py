@@ -7,6 +7,7 @@ import pytest
 
 from conversion import keymap
 from moe_jax.errors import UserError
+from moe_jax.model.describe import describe
 from tests.conversion.conftest import DENSE, MOE, ROUTED
 
 NO_SHARED = dataclasses.replace(MOE, moe=dataclasses.replace(ROUTED, shared_expert_width=0))
@@ -36,6 +37,11 @@ def test_shapes_and_names_are_those_of_the_published_layout():
     assert shapes["model.layers.0.feed_forward.experts.down_proj"] == (5, 64, 32)
     assert shapes["model.layers.1.feed_forward.shared_expert.up_proj"] == (64, 64)
     assert not any("shared" in tensor.name for tensor in keymap.torch_tensors(NO_SHARED))
+
+
+@pytest.mark.parametrize("config", [MOE, DENSE, NO_SHARED], ids=["moe", "dense", "no_shared"])
+def test_every_parameter_of_a_model_has_its_row(config):
+    assert keymap.jax_shapes(config) == {path: leaf.shape for path, leaf in describe(config).items()}
 
 
 def test_gate_and_up_come_apart_in_order():
