@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 from conversion import bench_commands, gguf, hf
 from conversion.command_options import add_checkpoint, add_threads, lengths, options, say
 from conversion.litert import FORMS
-from moe_jax.command_line import add_command, add_json, at_least, guarded, make_parser, parse, seed
+from moe_jax.command_line import add_command, add_json, at_least, guarded, heed_interrupts, make_parser, parse, seed
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
@@ -54,12 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: Any) -> int:
     """Call the command and write what it found; 1 where that is a failure."""
-    path = getattr(arguments, "json", None)
-    for option in ("json", "profile"):  # told before minutes of work, not after them
-        if Path(named := getattr(arguments, option, None) or "/dev/null").is_dir():
-            raise UserError(f"{named} is a folder; name a file for --{option}")
     result = arguments.command(arguments)
-    if path:
+    if path := getattr(arguments, "json", None):
         write_json(path, result)
     return 1 if (result or {}).get("failed") else 0
 
@@ -171,4 +168,7 @@ def _table(values: dict[str, Any], bounds: dict[str, tuple[float, float]] | None
 
 
 if __name__ == "__main__":
+    # As an exception, so that half-written files of gigabytes are removed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    heed_interrupts()
     sys.exit(main())

@@ -70,7 +70,7 @@ class Candidate:
         if not line:
             status = self._process.wait()
             refused = status == -signal.SIGILL and self._kind == "llama"
-            mend = "see requirements/gguf.txt" if refused else "free memory, or try python -m conversion chat on it"
+            mend = "see requirements/gguf.txt" if refused else "free memory or disk, or try it in conversion chat"
             raise UserError(f"the process that ran {self.path} died with status {status}; {mend}")
         reply = json.loads(line)
         if "error" in reply:

@@ -42,6 +42,8 @@ def chat(
     that is a terminal. `show_experts` draws the experts of each answer's tokens. Raises UserError for what is no
     bundle or, outside a terminal, too long for it.
     """
+    if prompts is None and sys.stdin is None:
+        raise UserError("there is no standard input to read prompts from; give them with --prompt")
     at_terminal = prompts is None and sys.stdin.isatty()
     with ExitStack() as stack:
         sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}

@@ -28,6 +28,7 @@ from moe_jax.errors import UserError
 from moe_jax.files import write_bytes, write_json
 from moe_jax.overrides import to_dict
 from moe_jax.paths import unflatten_paths
+from moe_jax.run_lock import require_plain
 
 
 def import_folder(
@@ -62,6 +63,7 @@ def import_folder(
         steps=1,
     )
     loss = Loss()
+    require_plain(run_dir)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{run_dir.name}.", dir=run_dir.parent) as name:
         # The folder as the trainer leaves it, aside: a kill leaves none that looks like a run.

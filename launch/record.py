@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import configs
@@ -19,11 +17,11 @@ from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import is_remote, location, write_json
 from moe_jax.overrides import differences, from_dict, to_dict
+from moe_jax.repository import git
 
 RECORD = "launch.json"
 _FORMAT = "moe_jax launch 1"
 _OF_INTEREST = ("JAX_", "XLA_", "LIBTPU_", "TPU_")  # of the environment; all of it would hold secrets
-_ROOT = Path(__file__).parents[1]
 
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it raises is said in one line, without its tracebacks
 
@@ -43,9 +41,9 @@ def job_record(launcher: str, job: dict[str, Any], config: str, overrides: list[
         "overrides": overrides,
         "resolved": {name: to_dict(configs.load(name, overrides)) for name in config.split(",")},
         "git": {
-            "commit": _git("rev-parse", "HEAD").strip(),
-            "diff": _git("diff", "HEAD"),
-            "untracked": _git("ls-files", "--others", "--exclude-standard").splitlines(),
+            "commit": git("rev-parse", "HEAD").strip(),
+            "diff": git("diff", "HEAD", "--", "."),
+            "untracked": git("ls-files", "--others", "--exclude-standard").splitlines(),
         },
         "versions": {d.metadata["Name"]: d.version for d in metadata.distributions()} | {"python": sys.version},
         "environment": environment_of_interest(),
@@ -119,15 +117,6 @@ def add_resume_command(commands: Any, launchers: Mapping[str, Launch]) -> None:
     sub.add_argument("run", help="run folder, local or gs://")
     sub.add_argument("--submit", action="store_true", help="of a job on pods: start it instead of printing it")
     sub.add_argument("--no-fit", dest="fit", action="store_false", help="of a job on pods: do not compile first")
-
-
-def _git(*words: str) -> str:
-    """What git says in this repository; nothing where there is none."""
-    try:
-        done = subprocess.run(["git", "-C", str(_ROOT), *words], capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.decode(errors="replace")
 
 
 def _line(error: Exception) -> str:

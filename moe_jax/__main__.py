@@ -15,6 +15,7 @@ from moe_jax.command_line import (
     add_overrides,
     at_least,
     guarded,
+    heed_interrupts,
     make_parser,
     parse,
     prompt,
@@ -236,4 +237,5 @@ def _write(arguments: Any, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    heed_interrupts()
     sys.exit(main())

@@ -8,18 +8,22 @@ import io
 import math
 import os
 import select
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from moe_jax.errors import INTERRUPTED, MISTAKEN, PREEMPTED, Preempted, UserError
+from moe_jax.files import is_remote, location
 
 # Not ENOENT: a file that the program itself should have made is a fault of ours, and keeps its traceback.
 _BUCKETS = ("aiohttp", "gcsfs", "google")  # packages that raise what a bucket answers
 _MENDABLE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "mend the access, or name another place"),
-    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST), "name another place"),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG), "name another place"),
 }
 
 
@@ -136,6 +140,38 @@ def _sentence(error: Exception) -> str:
     return f"{where}; {_MENDABLE[error.errno]}"
 
 
+def heed_interrupts() -> None:
+    """For programs: raise a signal again that fell into a callback of the garbage collector (JAX has one).
+
+    Python drops what a signal's handler raises there, and Ctrl-C would have been in vain.
+    """
+
+    def dropped(what: Any) -> None:
+        number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(what.exc_type)
+        if number is None or signal.getsignal(number) is signal.SIG_DFL:
+            sys.__unraisablehook__(what)
+        else:
+            again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+
+    sys.unraisablehook = dropped
+
+
+def _require_place(option: str, path: object) -> None:
+    """UserError where no file of this name could be written."""
+    if not isinstance(path, str) or is_remote(path):
+        return
+    file = Path(location(path))
+    if file.is_dir():
+        raise UserError(f"{path} is a folder; name another place for --{option}")
+    if file.exists() and not file.is_file():  # a pipe or a device
+        return
+    above = next(folder for folder in file.resolve().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"nothing can be written in {above}; name another place for --{option}")
+
+
 def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
     """Call a command; its exit status.
 
@@ -143,6 +179,8 @@ def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
     keeps its traceback.
     """
     try:
+        for option in ("json", "profile"):  # told before minutes of work, not after them
+            _require_place(option, getattr(arguments, option, None))
         status = command(arguments) or 0
         if status == 0 and sys.stdout:  # a daemon may have none
             sys.stdout.flush()

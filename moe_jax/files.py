@@ -74,11 +74,18 @@ def sizes_below(path: AnyPath) -> dict[str, int]:
 
 
 def write_bytes(path: AnyPath, data: bytes) -> None:
-    """Replace `path` by `data`; the old content stays until the new one is complete."""
+    """Replace `path` by `data`; the old content stays until the new one is complete.
+
+    Where `path` is a link, what it points to is replaced; a pipe or a device (/dev/stdout) is written to.
+    """
     if is_remote(path):
         remote_filesystem().pipe_file(str(location(path)), data)
         return
     path = Path(location(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(data)
+        return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

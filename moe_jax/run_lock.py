@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -35,8 +36,18 @@ def exclusive(run_dir: AnyPath) -> Iterator[Callable[[], None]]:
     taken over, so that a killed run starts again by itself. The function that this yields raises UserError
     where the lease was lost, as to a machine that stood still for so long; call it before each save.
     """
+    require_plain(run_dir)
     with _leased(str(location(run_dir))) if is_remote(run_dir) else _locked(Path(location(run_dir))) as check:
         yield check
+
+
+def require_plain(run_dir: AnyPath) -> None:
+    """UserError for a path that Orbax, which looks for its files by patterns, would find nothing in."""
+    whole = str(location(run_dir)) if is_remote(run_dir) else os.path.abspath(location(run_dir))
+    if re.search(r"[\[\]\\]", whole):
+        raise UserError(
+            f"no checkpoint can be written in {whole}, for its bracket or backslash; name another folder"
+        )
 
 
 def _myself() -> str:

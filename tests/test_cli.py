@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +76,7 @@ def test_a_folder_or_a_path_below_a_file_cannot_take_numbers(capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path, tmp_path / "file/p.json"):
         assert main(["params", CONFIG, "--json", str(path)]) == 2
-        assert capsys.readouterr().err.endswith("; name another place\n")
+        assert capsys.readouterr().err.endswith("; name another place for --json\n")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "mine")]
 
 
@@ -250,3 +252,35 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
         write_bytes(tmp_path / "a/b.json", "no bytes")  # type: ignore[arg-type]
     assert (tmp_path / "a/b.json").read_bytes() == b"old"
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"]
+
+
+def test_a_place_for_figures_that_cannot_be_is_told_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for name in (".", "file/x.json"):
+        assert guarded(pytest.fail, argparse.Namespace(json=str(tmp_path / name))) == 2
+        assert capsys.readouterr().err.endswith("; name another place for --json\n")
+    for name in ("/dev/null", str(tmp_path / "new/x.json"), "gs://nobody/x.json"):
+        assert guarded(lambda _: 0, argparse.Namespace(json=name)) == 0
+
+
+IN_COLLECTOR = """
+import gc, os, signal, sys, time
+from moe_jax.command_line import heed_interrupts
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+heed_interrupts()
+def collected(phase, _):
+    if phase == "start":
+        gc.callbacks.remove(collected)
+        os.kill(os.getpid(), {number})
+        sum(range(10))  # where the handler runs, and Python drops what it raises
+gc.callbacks.append(collected)
+gc.collect()
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
+def test_a_signal_that_falls_into_the_garbage_collectors_callback_is_not_lost(number, status):
+    command = [sys.executable, "-c", IN_COLLECTOR.format(number=int(number))]
+    done = subprocess.run(command, capture_output=True, timeout=25)
+    assert done.returncode == status, done.stderr

@@ -114,3 +114,26 @@ def test_json_is_readable(tmp_path):
     write_json(tmp_path / "a.json", {"b": [1]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1]}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_link_is_written_through_and_a_pipe_written_to(tmp_path):
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    write_json(tmp_path / "link.json", 1)
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").read_text() == "1\n"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(tmp_path / "pipe", 2)
+    assert os.read(reader, 9) == b"2\n" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a]", "a\\b"])
+def test_a_folder_in_whose_path_orbax_would_find_nothing_is_refused_before_it_is_made(tmp_path, name, monkeypatch):
+    with pytest.raises(UserError, match="for its bracket or backslash; name another folder"):
+        exclusive(tmp_path / name / "run").__enter__()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(UserError, match="for its bracket or backslash"):
+        exclusive("run").__enter__()

@@ -50,7 +50,12 @@ def arm(processor: str) -> Machine:
     if not os.path.isabs(loader):  # what is not found comes back as it was asked for
         raise UserError(f"{compiler} has no C library for Arm; install libc6-dev-arm64-cross, or leave out --arm")
     root = Path(os.path.normpath(loader)).parents[1]  # above lib/
-    return Machine(TARGET, (emulator, "-cpu", processor, "-L", str(root)), _library())
+    before = (emulator, "-cpu", processor, "-L", str(root))
+    tried = subprocess.run([*before, loader, "--version"], capture_output=True, text=True)
+    if tried.returncode:
+        said = (tried.stderr.strip().splitlines() or [f"status {tried.returncode}"])[0]
+        raise UserError(f"no program runs on {processor} ({said}); {emulator} -cpu help lists the processors")
+    return Machine(TARGET, before, _library())
 
 
 def _library() -> Path:

@@ -75,7 +75,8 @@ def _compile(command: list[str], path: Path) -> None:
             done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
             if done.returncode:
                 lines = done.stderr.splitlines() or [f"status {done.returncode}"]
-                first = next((line for line in lines if "error" in line), lines[0])
+                telling = (line for word in ("No space left", "error") for line in lines if word in line)
+                first = next(telling, lines[0])
                 raise UserError(f"{command[0]} cannot compile {path.name} ({first}); name another compiler in CXX")
             made.replace(path)
     except OSError as error:

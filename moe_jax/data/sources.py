@@ -44,15 +44,18 @@ class SourceFile:
     version: str
 
 
+def _matches(path: str) -> list[str]:
+    """A file of that very name, as downloads like text[1].jsonl have it, or what the pattern finds."""
+    return [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+
+
 def source_files(path: str) -> list[SourceFile]:
     """The files behind `SourceConfig.path`, sorted; raises UserError where there are none."""
     if path in _STDLIB:
         return [_stat(str(file)) for file in corpus.stdlib_files(_STDLIB[path][1])]
     if path.startswith("stdlib:"):
         raise UserError(f"{path!r} is no part of the embedded corpus; use {', '.join(_STDLIB)}")
-    found = (
-        _list_bucket(path) if is_remote(path) else map(_stat, glob.glob(os.path.expanduser(path), recursive=True))
-    )
+    found = _list_bucket(path) if is_remote(path) else map(_stat, _matches(os.path.expanduser(path)))
     files = sorted(found, key=lambda file: Path(file.path))
     if not files:
         raise UserError(f"no file matches {path!r}; check the path of the source")

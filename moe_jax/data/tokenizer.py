@@ -31,7 +31,7 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PROBE = "def f(x):\n\treturn  'é 漢字 🙂' # 1234\r\n"
+_PROBE = "def F(x):\n\treturn  'é 漢字 🙂' # 1234\r\n"
 
 
 class Tokenizer:
@@ -55,13 +55,17 @@ class Tokenizer:
         self.bos, self.end, self.eot = ids[BOS], ids[END], ids[EOT]
         self.header_start, self.header_end = ids[HEADER_START], ids[HEADER_END]
         self.pad = ids.get(PAD, self.end)
-        if self.decode(self.encode(_PROBE)) != _PROBE:
+        try:
+            same = self.decode(self.encode(_PROBE)) == _PROBE
+        except Exception:  # the package knows no narrower one
+            same = False
+        if not same:
             raise UserError(f"{name} does not give back the text it encodes; use a byte-level BPE tokenizer")
 
     @property
     def vocab_size(self) -> int:
-        """Entries including the special ones: the least `model.vocab_size` that fits."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """The least `model.vocab_size` that fits all ids, special ones included; ids of some files have gaps."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def fingerprint(self) -> str:

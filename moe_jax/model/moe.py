@@ -62,7 +62,7 @@ class Router(nnx.Module):
         chosen_BSKE = ids_BSK[..., None] == jnp.arange(moe.num_experts)
         weights = jnp.where(chosen_BSKE, scores[..., None, :], 0).sum(-1)
         if moe.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+            weights = normalised(weights)
         ids_BSK = jnp.where(real_BS[..., None], ids_BSK, moe.num_experts)
         stats = self._stats(logits, scores, ids_BSK, real_BS)
         return ids_BSK, weights * moe.routed_scaling_factor, stats
@@ -72,11 +72,23 @@ class Router(nnx.Module):
         counts_E = (ids_BSK.reshape(-1, 1) == jnp.arange(experts)).sum(0, dtype=jnp.int32)
         tokens = jnp.maximum(real_BS.sum(), 1).astype(jnp.float32)
         z_loss = (jax.nn.logsumexp(logits, axis=-1) ** 2 * real_BS).sum() / tokens
-        shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)
+        shares = normalised(scores)
         probability_E = (shares * real_BS[..., None]).sum((0, 1)) / tokens
         fraction_E = counts_E / (tokens * per_token)
         aux_loss = experts * (fraction_E * probability_E).sum()
         return RouterStats(counts_E, jnp.int32(0), z_loss, aux_loss)
+
+
+def normalised(scores: jax.Array) -> jax.Array:
+    """Scores, none negative, over the sum of the last axis; zeros stay zeros.
+
+    The gradient of a quotient has the square of its divisor in it, which float32 loses below 1e-19: sigmoids of a
+    token that no expert wants. So both are first brought near 1 by a power of two, which changes no other's bits.
+    """
+    most = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    exponent = jnp.frexp(jnp.where(most > 0, most, 1))[1]
+    near_one = scores * jnp.ldexp(jnp.float32(1), -exponent)
+    return near_one / (near_one.sum(-1, keepdims=True) + 1e-18)
 
 
 def top_ids(scores: jax.Array, count: int) -> jax.Array:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from moe_jax.config import TRAINING_OPTIONS, RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import location, write_bytes, write_json
 from moe_jax.overrides import differences, from_dict, to_dict
+from moe_jax.repository import git
 
 if TYPE_CHECKING:  # a supervisor asks here too, and starts without JAX
     from jax.sharding import Mesh
@@ -90,7 +89,7 @@ def describe_run(cfg: RunConfig, run_dir: epath.Path, mesh: Mesh) -> None:
         "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
         "processes": len({device.process_index for device in mesh.devices.flat}),
         "mesh": dict(mesh.shape),
-        "git": _git_commit(),
+        "git": git("describe", "--always", "--dirty", "--abbrev=40").strip() or None,  # -dirty where it was changed
         "command": sys.argv,
     }
     write_json(run_dir / "environment.json", environment)
@@ -98,13 +97,3 @@ def describe_run(cfg: RunConfig, run_dir: epath.Path, mesh: Mesh) -> None:
 
 def _foreign(path: epath.Path) -> bool:
     return not path.name.startswith(".") and not any(Path(path.name).match(name) for name in _BEFORE)
-
-
-def _git_commit() -> str | None:
-    """The commit of this code, with `-dirty` where it was changed; None outside a repository."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None

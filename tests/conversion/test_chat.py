@@ -138,3 +138,9 @@ def test_strips_show_tokens_across_and_layers_down():
 def test_a_model_without_experts_has_none_to_show(exported):
     with pytest.raises(UserError, match="leave out --show-experts"):
         Experts(exported.bundle, threads=1)
+
+
+def test_without_a_standard_input_prompts_are_asked_for(exported, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="no standard input to read prompts from; give them with --prompt"):
+        chat(exported.bundle)

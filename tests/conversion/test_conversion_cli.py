@@ -48,7 +48,7 @@ def test_every_command_shows_an_example(command, capsys):
         (["verify", "{run}", "{run}/heldout.txt"], "no .litertlm bundle"),
         (["bench", "{run}/heldout.txt"], "no .litertlm bundle"),
         (["verify", "{none}", "{none}", "--json", "{run}"], "is a folder"),  # before anything else
-        (["bench", "{none}", "--profile", "{run}"], "name a file for --profile"),
+        (["bench", "{none}", "--profile", "{run}"], "name another place for --profile"),
         (["bench", "{bundle}", "--prefill", "64", "--decode", "9"], "context of 64"),
         (["bench", "{bundle}", "--prefill", "1,8"], "go below 2"),
         (["bench", "{bundle}", "--text", "{none}/*.txt", "--prefill", "8", "--decode", "4"], "no file"),

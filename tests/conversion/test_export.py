@@ -7,6 +7,9 @@ import hashlib
 import re
 import resource
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +232,14 @@ def test_a_run_in_a_bucket_is_exported_to_a_disk_alone(run, made, tokenizer, tmp
     ):
         assert main(words) == 2
         assert "is in a bucket; name a place on a disk" in capsys.readouterr().err
+
+
+def test_an_export_that_is_ended_leaves_no_half_written_file(tmp_path):
+    words = ["export", "demo_qat", "--random-weights", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, "-m", "conversion", *words], stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("out/.demo_qat*/*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 143
+    assert list((tmp_path / "out").iterdir()) == []

@@ -165,6 +165,14 @@ def test_a_bundle_without_room_for_a_piece_of_text_is_named(run_dir, exported, t
 
 
 @KINDS
+def test_a_bundle_too_short_for_a_question_fails_that_rung_alone(run_dir, exported, tmp_path):
+    result = verify.verify(run_dir, exported.again(tmp_path, context=16), texts=1, probes=1, threads=1)
+    (sentence,) = [sentence for sentence in result["failed"] if "rung 5" in sentence]
+    assert "may be longer than the bundle's context" in sentence
+    assert result["parity"]["engine_tokens"] == 14 and "chat_wrong_ids" not in result["parity"]
+
+
+@KINDS
 def test_a_bundle_whose_tflite_cannot_be_followed_is_named_by_the_ladder(run_dir, exported, tmp_path):
     raw = exported.bundle.read_bytes()
     start = raw.index(exported.tflite.read_bytes())

@@ -115,3 +115,11 @@ def test_a_parquet_file_without_a_text_column_names_those_it_has(tmp_path):
 def test_a_wrong_path_is_refused(path, words):
     with pytest.raises(UserError, match=words):
         list(iter_documents(SourceConfig(path)))
+
+
+def test_a_file_that_is_called_like_a_pattern_is_itself(tmp_path):
+    (tmp_path / "text[1].txt").write_text("one")
+    (tmp_path / "text1.txt").write_text("other")
+    assert list(iter_documents(SourceConfig(str(tmp_path / "text[1].txt")))) == ["one"]
+    (tmp_path / "text[1].txt").unlink()
+    assert list(iter_documents(SourceConfig(str(tmp_path / "text[1].txt")))) == ["other"]

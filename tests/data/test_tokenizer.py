@@ -112,3 +112,29 @@ def test_tokenizer_can_be_trained_on_chats(chat_source, tmp_path):
     sources = [chat_source, SourceConfig("stdlib:text")]
     built = build_tokenizer(sources, 400, tmp_path / "t.json", max_bytes=20_000)
     assert built.vocab_size == 400
+
+
+def test_a_file_that_changes_capitals_or_fails_on_a_text_is_refused(tokenizer, tmp_path):
+    def changed(change) -> None:
+        described = json.loads(tokenizer._backend.to_str())
+        change(described)
+        (tmp_path / "t.json").write_text(json.dumps(described))
+        with pytest.raises(UserError, match="does not give back the text it encodes; use a byte-level BPE"):
+            Tokenizer.load(tmp_path / "t.json")
+
+    changed(lambda described: described.update(normalizer={"type": "Lowercase"}))
+    words = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+    changed(
+        lambda described: described.update(
+            model=words | {"max_input_chars_per_word": 100, "vocab": described["model"]["vocab"]}
+        )
+    )
+
+
+def test_ids_with_gaps_need_room_up_to_the_last(tokenizer, tmp_path):
+    described = json.loads(tokenizer._backend.to_str())
+    vocab = described["model"]["vocab"]
+    last = max(vocab, key=vocab.__getitem__)
+    vocab[last] += 500
+    (tmp_path / "t.json").write_text(json.dumps(described))
+    assert Tokenizer.load(tmp_path / "t.json").vocab_size == tokenizer.vocab_size + 500

@@ -59,9 +59,11 @@ def test_a_record_holds_commit_difference_and_new_files(tmp_path, monkeypatch):
     git("commit", "-m", "one")
     (tmp_path / "code.py").write_text("changed\n")
     (tmp_path / "new file.py").write_text("")
-    monkeypatch.setattr("launch.record._ROOT", tmp_path)
+    monkeypatch.setattr("moe_jax.repository.ROOT", tmp_path)
     found = job_record("gke", {}, "mobilemoe_s", [])["git"]
     assert found["commit"] == git("rev-parse", "HEAD") and found["untracked"] == ["new file.py"]
     assert "-old\n+changed\n" in found["diff"]
-    monkeypatch.setattr("launch.record._ROOT", tmp_path / "none")
-    assert job_record("gke", {}, "mobilemoe_s", [])["git"] == {"commit": "", "diff": "", "untracked": []}
+    (tmp_path / "site-packages").mkdir()  # installed there: the repository around it is somebody else's
+    for place in ("none", "site-packages"):
+        monkeypatch.setattr("moe_jax.repository.ROOT", tmp_path / place)
+        assert job_record("gke", {}, "mobilemoe_s", [])["git"] == {"commit": "", "diff": "", "untracked": []}

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.model.layers import ExpertBias
-from moe_jax.model.moe import Router
+from moe_jax.model.moe import Router, normalised
 from moe_jax.parallel.mesh import single_device_mesh
 from tests.tiny import quick, with_moe
 
@@ -100,3 +100,27 @@ def test_scores_of_bfloat16_activations_are_taken_in_float32():
     want = expected(np.asarray(rounded, np.float32), kernel, bias, "sigmoid")
     np.testing.assert_allclose(np.asarray(weights)[REAL], want["weights"], rtol=1e-5)
     assert stats.z_loss == pytest.approx(want["z_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("level", [0, -10, -44, -50, -85])
+def test_a_token_that_no_expert_wants_has_sound_weights_and_gradients(level):
+    logits = np.array([level, level + 0.5, level - 2.0])
+
+    def first(logits):
+        return normalised(jax.nn.sigmoid(logits))[0]
+
+    weight, slopes = jax.value_and_grad(first)(jnp.asarray(logits, jnp.float32))
+    scores = 1 / (1 + np.exp(-logits))
+    shares = scores / scores.sum()
+    np.testing.assert_allclose(weight, shares[0], rtol=1e-4)
+    np.testing.assert_allclose(slopes, shares[0] * (np.eye(3)[0] - shares) * (1 - scores), rtol=1e-3)
+
+
+def test_scores_that_are_all_nothing_have_no_weights_and_no_gradients():
+    weights, slopes = jax.vjp(normalised, jnp.zeros(3))
+    assert not weights.any() and np.isfinite(slopes(jnp.ones(3))[0]).all()
+
+
+def test_at_usual_scores_the_quotient_has_the_bits_of_the_plain_one():
+    scores = jax.nn.sigmoid(3 * jax.random.normal(jax.random.key(0), (500, 4)))
+    np.testing.assert_array_equal(normalised(scores), scores / scores.sum(-1, keepdims=True))

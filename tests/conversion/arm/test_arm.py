@@ -17,6 +17,7 @@ from conversion import export, verify
 from conversion.arm.engine import RemoteEngine
 from conversion.arm.machine import Machine, arm
 from conversion.litert.engine import Engine
+from moe_jax.errors import UserError
 from tests.conversion import ties
 from tests.conversion.test_engine import CLOSE
 
@@ -45,6 +46,11 @@ def test_every_likelihood_is_the_references_or_hangs_on_a_tie(exported, bundle, 
         assert there.next_token(TEXT) == here.next_token(TEXT)
     want, _ = ties.nearest(exported.weights, ids, got, CLOSE)
     assert np.abs(got - want).max() < CLOSE
+
+
+def test_a_processor_that_the_emulator_does_not_know_is_told_before_anything_runs():
+    with pytest.raises(UserError, match=r"no program runs on cortex-z99 \(.*cortex-z99.*\); .* -cpu help"):
+        arm("cortex-z99")
 
 
 @pytest.mark.parametrize("exported", ["moe"], indirect=True)
