@@ -156,11 +156,11 @@ LEAST |= {"sparse1": 5e-3, "sparse2": 8e-3, "all1": 9e-3, "all2": 7e-3}
 
 
 class Clock:
-    """A form of a layer whose blocks are a call that sets their length, two that warm up, and ten that count."""
+    """A form of a layer: one call, then blocks of one that sets their length, two that warm up, ten that count."""
 
     def __init__(self, model, path, threads, environment=None):
         assert path.stem.endswith(str(threads))
-        self.unit, self.calls = LEAST[path.stem], itertools.count()
+        self.unit, self.calls = LEAST[path.stem], itertools.count(-1)
 
     def seconds(self, feed, signature=0):
         place = next(self.calls) % 13
