@@ -38,10 +38,8 @@ Parameters = Mapping[str, np.ndarray]
 BOUNDS: dict[str, tuple[float, float]] = {
     "jax_torch_max_abs": (0, 1e-4),
     "torch_tflite_median_abs": (0, 1e-2),
-    "engine_nll_diff_nats": (0, 0.02),
-    "engine_top1_agreement": (0.98, 1),
-    "arm_nll_diff_nats": (0, 0.02),
-    "arm_top1_agreement": (0.98, 1),
+    **{f"{engine}_nll_diff_nats": (0, 0.02) for engine in ("engine", "arm")},
+    **{f"{engine}_top1_agreement": (0.98, 1) for engine in ("engine", "arm")},
     "chat_start_tokens": (1, 1),
     "chat_wrong_ids": (0, 0),
 }

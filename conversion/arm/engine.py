@@ -34,7 +34,7 @@ class RemoteEngine:
         with container.intact(path):
             needs_kernel = register.needed(container.tflite(path))
         self._where = " ".join(["the engine", *machine.before[:3]])
-        command = [*machine.before, compiled("engine", [_SOURCE], compiler, _FLAGS), machine.library, path]
+        command = [*machine.before, compiled("engine", [_SOURCE], compiler, _FLAGS), machine.runtime, path]
         with contextlib.ExitStack() as stack:
             command += [stack.enter_context(tempfile.TemporaryDirectory()), threads]
             command += [library(machine.target)] if needs_kernel else []

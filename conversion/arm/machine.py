@@ -26,12 +26,12 @@ class Machine:
     """Where an engine's program runs.
 
     `target` is the GNU name of the compiler for it ("" for this machine), `before` are the words in front of its
-    commands, and `library` is LiteRT-LM's.
+    commands, and `runtime` is LiteRT-LM's library.
     """
 
     target: str
     before: tuple[str, ...]
-    library: Path
+    runtime: Path
 
 
 def arm(processor: str) -> Machine:

@@ -19,6 +19,7 @@ from moe_jax.errors import UserError
 # LiteRT looks for accelerators by this name, CPU ones included.
 LIBRARY = "libLiteRtGpuAccelerator.so"
 _SOURCES = Path(__file__).with_name("src")
+_IDENTITY = ("--version", "-dumpmachine")  # what tells compilers apart
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-ffp-contract=off", "-w")
 
 
@@ -30,10 +31,12 @@ def library(target: str = "") -> Path:
     """
     compiler = find_compiler(target)
     if compiler is None:
-        wanted = f"{target}-g++ is not" if target else "none of $CXX, c++, g++ and clang++ is"
+        wanted, package = "none of $CXX, c++, g++ and clang++ is", "g++"
+        if target:
+            wanted, package = f"{target}-g++ is not", f"g++-{target}"
         raise UserError(
-            f"the kernel needs a C++ compiler and {wanted} there; "
-            f"install g++{'-' * bool(target) + target}, or export with --experts sparse, which needs no kernel"
+            f"the kernel needs a C++ compiler and {wanted} there; install {package}, or export with --experts "
+            "sparse, which needs no kernel"
         )
     sources = sorted(path for path in _SOURCES.iterdir() if path.stem != "layer_main")
     return compiled(LIBRARY, sources, compiler, (*_FLAGS, f"-Wl,-soname,{LIBRARY}"))
@@ -62,9 +65,6 @@ def compiled(name: str, sources: Sequence[Path], compiler: str, flags: Sequence[
     if not (folder / name).exists():
         _compile([*command, *(str(path) for path in sources if path.suffix == ".cc")], folder / name)
     return folder / name
-
-
-_IDENTITY = ("--version", "-dumpmachine")
 
 
 def _compile(command: list[str], path: Path) -> None:

@@ -64,7 +64,7 @@ def test_what_cannot_start_says_why(exported):
         with pytest.raises(UserError, match=r"ended with status 1 \(.*nowhere\.so.*No such file"):
             RemoteEngine(exported.bundle, engine, Machine("", (), Path("/nowhere.so")))
         with pytest.raises(UserError, match=r"the engine env -i false ended with status 1"):
-            RemoteEngine(exported.bundle, engine, Machine("", ("env", "-i", "false"), HERE.library))
+            RemoteEngine(exported.bundle, engine, Machine("", ("env", "-i", "false"), HERE.runtime))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import REMAT_POLICIES, OptimizerConfig
@@ -55,6 +55,7 @@ def test_bias_moves_against_the_load_and_keeps_its_sum(counts, rate):
     assert (np.diff(bias[order]) <= 1e-7).all()
 
 
+@settings(max_examples=30)  # each shape is compiled
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(2, 64), st.floats(1e-3, 1.0))
 def test_a_bias_moves_from_where_it_stands_by_the_signs_of_the_load_less_their_mean(seed, layers, experts, rate):
     rng = np.random.default_rng(seed)
