@@ -9,7 +9,9 @@ T tokens, D model, F expert width, E experts, K choices a token, R = T*K routed 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,7 +27,7 @@ Bank = Int4 | Sequence[Stored]  # one matrix of each expert, at hand or in the f
 _ROWS = 8
 _REST = 32  # rows of a tile for what is left of overfull experts
 _FEW = 2.5  # mean rows of an expert up to which single rows beat tiles
-_MANY = 8  # tiles of an expert above which a larger one comes first
+_MANY = 7  # tiles of an expert above which a larger one comes first
 
 
 class Experts:
@@ -59,15 +61,40 @@ class Experts:
 
     def add_chosen(self, g: Graph, chosen: Sequence[int], total: int, x: int, scales: int, out: int | None) -> int:
         """Append: total + sum of scales[e] * expert e(x) over the chosen[e]; x [1, D], scales [E, 1]."""
-        leaves, skip = self._branches(1, g.like(x))
+        leaves, skip = self._branches(1, [g.like(t) for t in (total, x, scales)])
         return g.chain(chosen, leaves, skip, [total, x, scales], g.like(x) if out is None else out)
 
-    def set_if(self, g: Graph, cond: int, e: int, total: int, x: int, rows: int) -> int:
-        """Append: expert e(x[rows]) if `cond` [] holds, else total [C, D]; x [T, D], rows int32 [C]."""
-        count = g.shape(rows)[0]
-        leaves, skip = self._branches(count, g.like(x))
-        inputs = [x, rows] if count > 1 else [_take(g, x, rows), g.const(np.ones((len(self), 1), np.float32))]
-        return g.branch(cond, [total, *inputs], leaves[e], skip, g.like(total))
+    def fill(self, g: Graph, used: Sequence[int], x: int, at: int, rows: Sequence[int]) -> list[int]:
+        """Append every expert's tiles, one expert after the other: expert e(x[rows of the tile]) if in use, else 0.
+
+        x [T, D]; at int32 [E, C] are the rows of x that each expert's tiles of these `rows` take; used [] by tile.
+        """
+        inputs = self._of_single_rows(g, x, at) if rows[0] == 1 else self._of_tiles(g, x, at, rows)
+        done = []
+        for i, (cond, given) in enumerate(zip(used, inputs, strict=True)):
+            leaves, skip = self._branches(g.shape(given[0])[0], [g.like(t) for t in given])
+            done.append(g.branch(cond, given, leaves[i // len(rows)], skip, g.like(given[0])))
+        return done
+
+    def _of_single_rows(self, g: Graph, x: int, at: int) -> list[list[int]]:
+        """What `fill` hands to the branch of each tile of one row."""
+        count, row = math.prod(g.shape(at)), ((1, self.width), F32)
+        zero, ones = g.const(np.zeros(row[0], np.float32)), g.const(np.ones((len(self), 1), np.float32))
+        xs = _take(g, x, _reshape(g, at, count))
+        xs = g.add("SPLIT", [g.const(np.int32(0)), xs], *[row] * count, numSplits=count)
+        return [[zero, x_, ones] for x_ in xs]
+
+    def _of_tiles(self, g: Graph, x: int, at: int, rows: Sequence[int]) -> list[list[int]]:
+        """What `fill` hands to the branch of each tile: all rows of x, and where in a table its own are listed.
+
+        A tensor for each tile's list would make thousands, and loading takes a time that grows with their square.
+        """
+        counts = Counter(rows)
+        columns = _split(g, at, [r * count for r, count in counts.items()], axis=1)
+        tables = {r: _reshape(g, c, len(self) * counts[r], r) for r, c in zip(counts, columns, strict=True)}
+        zeros = {r: g.const(np.zeros((r, self.width), np.float32)) for r in counts}
+        places = {r: map(g.const, map(np.int32, itertools.count())) for r in counts}
+        return [[zeros[r], x, tables[r], next(places[r])] for _ in range(len(self)) for r in rows]
 
     def run(self, g: Graph, e: int, x: int, rows: int) -> int:
         """Append: expert(x[rows]) for an id [] known at run time; x [T, D], rows int32 [C], C > 1.
@@ -78,7 +105,7 @@ class Experts:
         size = math.isqrt(len(self) - 1) + 1
         parts = [range(len(self))[i : i + size] for i in range(0, len(self), size)]
         zeros = g.const(np.zeros((*g.shape(rows), self.width), np.float32))
-        inputs = [zeros, e, x, rows]
+        inputs = [zeros, e, x, _reshape(g, rows, 1, *g.shape(rows)), g.const(np.int32(0))]  # a table of one tile
         kinds, count = [g.like(i) for i in inputs], g.shape(rows)[0]
         if count not in self._groups:
             none = self.skip(f"no_group_x{count}", kinds)
@@ -90,30 +117,29 @@ class Experts:
     def _group(self, kinds: Sequence[Kind], part: range) -> Graph:
         """A subgraph for a few experts, with the inputs of `run`."""
         count = kinds[0][0][0]
-        g, (total, e, x, rows) = self.graph(f"from_{part.start}_x{count}", *kinds)
-        leaves, skip = self._branches(count, g.like(x))
-        g.outputs = [g.chain(_equal(g, e, part), leaves[part.start : part.stop], skip, [total, x, rows], kinds[0])]
+        g, (total, e, x, *rows) = self.graph(f"from_{part.start}_x{count}", *kinds)
+        leaves, skip = self._branches(count, [kinds[0], *kinds[2:]])
+        g.outputs = [g.chain(_equal(g, e, part), leaves[part.start : part.stop], skip, [total, x, *rows], kinds[0])]
         return g
 
-    def _branches(self, rows: int, x: Kind) -> tuple[Sequence[Graph], Graph]:
+    def _branches(self, rows: int, kinds: Sequence[Kind]) -> tuple[Sequence[Graph], Graph]:
         """The subgraphs that an IF on each expert takes, and the one that it skips to, for a tile of `rows`.
 
         Single rows add up in decode's chain, and find their scale themselves: 60 tensors of one scale each would
         cost 12 us a token. Prefill weighs its tiles where it combines them, and a branch takes its rows of x
-        itself, since not all tiles are in use. `x` is what the first call's looks like; the runtime gives a
+        itself, since not all tiles are in use. `kinds` are those of the first call's inputs; the runtime gives a
         branch the shapes of its caller.
         """
         if rows not in self._leaves:
-            row = ((rows, self.width), F32)
-            inputs = (row, row, ((len(self), 1), F32)) if rows == 1 else (row, x, ((rows,), I32))
-            leaves = [self.graph(f"{i}_x{rows}", *inputs) for i in range(len(self))]
-            for i, (g, (total, x_, last)) in enumerate(leaves):
-                y = feed_forward(g, x_ if rows == 1 else _take(g, x_, last), self._weights[i], self.activation)
+            leaves = [self.graph(f"{i}_x{rows}", *kinds) for i in range(len(self))]
+            for i, (g, (total, x, *last)) in enumerate(leaves):
+                tile = x if rows == 1 else _take(g, x, _take(g, *last))
+                y = feed_forward(g, tile, self._weights[i], self.activation)
                 if rows == 1:
-                    scale = g.add("SLICE", [last, g.const([i, 0]), g.const([1, 1])], ((1, 1), F32))
-                    y = g.add("ADD", [total, g.add("MUL", [y, scale], row)], row)
+                    scale = g.add("SLICE", [*last, g.const([i, 0]), g.const([1, 1])], ((1, 1), F32))
+                    y = g.add("ADD", [total, g.add("MUL", [y, scale], kinds[0])], kinds[0])
                 g.outputs = [y]
-            self._leaves[rows] = [g for g, _ in leaves], self.skip(f"skip_x{rows}", inputs)
+            self._leaves[rows] = [g for g, _ in leaves], self.skip(f"skip_x{rows}", kinds)
         return self._leaves[rows]
 
 
@@ -175,7 +201,8 @@ def tiling(tokens: int, choices: int, experts: int) -> tuple[int, ...]:
     Together they leave 4.5 standard deviations of a uniform routing above the mean load, since routing is not: a
     tile that is not in use costs 2 us, the loop for the overfull 0.5 ms and one of its tiles 0.2. Of very many, a
     larger tile takes the mean, as far as it makes an even number of kernels' rows, since two threads share it. Each
-    number of rows is one more subgraph of every expert, 60 KB of memory.
+    number of rows is one more subgraph of every expert, 60 KB of memory. For 512 tokens of size S it is the _REST's
+    (one layer took 0.96 of the time that tiles of 8 alone take).
     """
     mean = tokens * choices / experts
     need = min(mean + 4.5 * math.sqrt(mean), tokens)
@@ -216,15 +243,11 @@ def expand_prefill(g: Graph, experts: Experts, x: int, ids: int, weights: int, o
     steps = g.const(np.arange(capacity, dtype=np.int32)[None])
     at = g.add("ADD", [_reshape(g, first, n, 1), steps], ((n, capacity), I32))
     at = g.add("MINIMUM", [at, g.const(np.int32(size - 1))], ((n, capacity), I32))
-    at = _unpack(g, _take(g, token, at))
+    at = _take(g, token, at)
     starts = np.cumsum((0, *rows[:-1]), dtype=np.int32)
     used = g.add("GREATER", [_reshape(g, count, n, 1), g.const(starts[None])], ((n, tiles), BOOL))
     used = _unpack(g, _reshape(g, used, n * tiles))
-    zeros = {r: g.const(np.zeros((r, width), np.float32)) for r in rows}
-    done = []
-    for e in range(n):
-        for j, tile in enumerate(_split(g, at[e], rows)):
-            done.append(experts.set_if(g, used[e * tiles + j], e, zeros[rows[j]], x, tile))
+    done = experts.fill(g, used, x, at, rows)
 
     # Combine: every pair fetches its row; one past the capacity fetches the row of zeros at the end.
     done.append(g.const(np.zeros((1, width), np.float32)))
@@ -310,12 +333,13 @@ def _argsort_descending(g: Graph, keys: int) -> int:
     return g.add("TOPK_V2", [keys, g.const(np.int32(kind[0][0]))], kind, kind)[1]
 
 
-def _split(g: Graph, tensor: int, sizes: Sequence[int]) -> list[int]:
-    """The parts of a tensor [n], which have these sizes."""
+def _split(g: Graph, tensor: int, sizes: Sequence[int], axis: int = 0) -> list[int]:
+    """The parts of a tensor which have these sizes along an axis."""
     if len(sizes) == 1:
         return [tensor]
-    outs = [((size,), g.like(tensor)[1]) for size in sizes]
-    parts = g.add("SPLIT_V", [tensor, g.const(sizes), g.const(np.int32(0))], *outs, numSplits=len(outs))
+    shape, kind = g.like(tensor)
+    outs = [((*shape[:axis], size, *shape[axis + 1 :]), kind) for size in sizes]
+    parts = g.add("SPLIT_V", [tensor, g.const(sizes), g.const(np.int32(axis))], *outs, numSplits=len(outs))
     return list(parts)
 
 

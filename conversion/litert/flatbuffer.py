@@ -210,6 +210,7 @@ class Graph:
 
     def __init__(self, model: Model, index: int, t: Any) -> None:
         self.model, self.index, self.t = model, index, t
+        self._consts: dict[tuple[int, tuple[int, ...], str], int] = {}
         t.operators = t.operators or []
         t.inputs, t.outputs = ([int(i) for i in v] for v in (t.inputs, t.outputs))
 
@@ -251,9 +252,15 @@ class Graph:
         return self.t.inputs[-1]
 
     def const(self, value: np.ndarray | np.generic | Sequence[int], name: str = "") -> int:
-        """A constant; a plain list means int32."""
+        """A constant; a plain list means int32. Equal ones are one tensor, which has its first name.
+
+        LiteRT takes a time to load that grows with the square of a graph's tensors: it walks a list for each.
+        """
         array = np.asarray(value, None if isinstance(value, np.ndarray | np.generic) else np.int32)
-        return self.tensor(array.shape, str(array.dtype), name, self.model.buffer(array))
+        key = self.model.buffer(array), array.shape, str(array.dtype)
+        if key not in self._consts:
+            self._consts[key] = self.tensor(array.shape, key[2], name, key[0])
+        return self._consts[key]
 
     def int4(self, weight: Int4 | Stored, name: str = "") -> int:
         """An INT4 weight [out, in] with FLOAT16 scales [out, in/group], for fully_connected or a lookup.

@@ -93,12 +93,26 @@ def test_layer_equals_the_definition(tmp_path, experts, choices, tokens):
         assert_same(layer(*batch), reference(*batch, bank))
 
 
-@pytest.mark.parametrize(("tokens", "choices", "experts"), [(128, 4, 60), (600, 2, 16)])  # the latter: a large tile
-def test_a_prefill_of_full_size_equals_the_definition(tmp_path, tokens, choices, experts):
+@pytest.mark.parametrize(
+    ("tokens", "choices", "experts", "tiles"),
+    [(128, 4, 60, (8, 8, 8)), (512, 4, 60, (32, 8, 8, 8, 8)), (600, 2, 16, (64,) + 7 * (8,))],
+)
+def test_a_prefill_of_full_size_equals_the_definition(tmp_path, tokens, choices, experts, tiles):
+    assert tiling(tokens, choices, experts) == tiles
     rng = np.random.default_rng(tokens)
     bank, batch = bank_of(rng, experts), batch_of(rng, tokens, choices, experts)
     layer = load(model_of(bank, {"layer": tokens}, choices), tmp_path / "m.tflite")
     assert_same(layer(*batch), reference(*batch, bank))
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(16, 3), (128, 2), (512, 2)])
+def test_a_tile_costs_no_more_than_its_flag_its_value_and_a_single_row(tokens, most):
+    """LiteRT takes a time to load that grows with the square of a graph's tensors."""
+    rng = np.random.default_rng(0)
+    graph = model_of(bank_of(rng, 60), {"layer": tokens}, 4).graphs[0]
+    constants = sum(t.buffer != 0 for t in graph.t.tensors)  # layers share them
+    tiles = 60 * len(tiling(tokens, 4, 60))
+    assert len(graph.t.tensors) - constants < most * tiles + 80
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

@@ -149,6 +149,18 @@ def test_equal_contents_are_stored_once():
     assert len(model.t.buffers) == 3  # the empty one, codes, scales
 
 
+def test_equal_constants_of_a_graph_are_one_tensor():
+    g = Model().graph("main")
+    first = g.const([1, 2], "first")
+    assert g.const(np.array([1, 2], np.int32)) == first
+    others = [
+        g.const([2, 1]),
+        g.const(np.array([[1, 2]], np.int32)),
+        g.const(np.array([1, 2], np.int32).view(np.float32)),
+    ]
+    assert len({first, *others}) == 4 == len(g.t.tensors)
+
+
 def test_a_weight_that_is_read_on_writing_gives_the_same_bytes(tmp_path):
     weight, order = int4(6, 64, 32), []
 
