@@ -60,7 +60,7 @@ def _add_bench(commands: Any) -> None:
     sub.add_argument("--texts", type=at_least(1), default=3, help="pieces of text, each a round of all models")
     sub.add_argument("--text", default="stdlib:heldout", help="path, glob or part of the corpus")
     add_threads(sub, "most threads; every number up to it is measured")
-    sub.add_argument("--cache", metavar="DIR", help="where the engine keeps packed weights (default: temporary)")
+    _add_cache(sub)
     sub.add_argument(
         "--profile",
         metavar="SVG",
@@ -105,10 +105,17 @@ def _add_chat(commands: Any) -> None:
     sub.add_argument("--top-p", type=top_p, default=1.0)
     sub.add_argument("--seed", type=seed, default=0)
     add_threads(sub)
+    _add_cache(sub, "; from there a bundle loads in about half the time")
     sub.add_argument(
         "--show-experts",
         action="store_true",
         help="draw which experts each token of an answer used; runs the answer once more, token by token",
+    )
+
+
+def _add_cache(sub: Any, gain: str = "") -> None:
+    sub.add_argument(
+        "--cache", metavar="DIR", help=f"where the engine keeps packed weights (default: temporary){gain}"
     )
 
 

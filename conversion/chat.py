@@ -35,19 +35,22 @@ def chat(
     top_p: float = 1.0,
     seed: int = 0,
     show_experts: bool = False,
+    cache: str | Path | None = None,
 ) -> list[str]:
     """Answer the prompts, which are turns of one conversation, as they come: prints and returns the replies.
 
     Without `prompts` they are read from the standard input: with a prompt sign, speeds and patience for mistakes if
-    that is a terminal. `show_experts` draws the experts of each answer's tokens. Raises UserError for what is no
-    bundle or, outside a terminal, too long for it.
+    that is a terminal. `show_experts` draws the experts of each answer's tokens; `cache`, a temporary folder by
+    default, keeps packed weights. Raises UserError for what is no bundle or, outside a terminal, too long for it.
     """
     if prompts is None and sys.stdin is None:
         raise UserError("there is no standard input to read prompts from; give them with --prompt")
     at_terminal = prompts is None and sys.stdin.isatty()
     with ExitStack() as stack:
+        if at_terminal:
+            say(f"loading {bundle}")
         sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
-        talk = _Talk(bundle, threads, max_tokens=max_tokens, **sampling)
+        talk = _Talk(bundle, threads, cache, max_tokens=max_tokens, **sampling)
         stack.enter_context(talk)
         experts: Any = None
         if show_experts:
@@ -55,7 +58,7 @@ def chat(
 
             experts = stack.enter_context(Experts(bundle, threads))
         if at_terminal:
-            say(f"{bundle}, {threads} thread(s); /help lists the commands")
+            say(f"{threads} thread(s); /help lists the commands")
         for line in _lines(at_terminal) if prompts is None else prompts:
             if line == "/quit":
                 break
@@ -79,9 +82,9 @@ def chat(
 class _Talk(Engine):
     """A conversation that can be interrupted and cleared."""
 
-    def __init__(self, bundle: str | Path, threads: int, **options: Any) -> None:
+    def __init__(self, bundle: str | Path, threads: int, cache: str | Path | None = None, **options: Any) -> None:
         """Load the bundle; `options` as `Engine.conversation`."""
-        super().__init__(bundle, threads, measured=True)
+        super().__init__(bundle, threads, cache, measured=True)
         self._options = options
         self.replies: list[str] = []
         self._open = ExitStack()

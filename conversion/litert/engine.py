@@ -8,6 +8,8 @@ that is lost is the second of two equal ones and every position is right.
 
 from __future__ import annotations
 
+import glob
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,6 +50,8 @@ class Engine:
             self._scratch = tempfile.TemporaryDirectory()
             cache_dir = self._scratch.name
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        if not needed:
+            _require_room(Path(cache_dir), Path(path))
         try:
             self._engine = litert_lm.Engine(
                 str(path),
@@ -135,6 +139,16 @@ class Engine:
     def _session(self, max_tokens: int) -> interfaces.AbstractSession:
         return self._engine.create_session(
             apply_prompt_template=False, sampler_config=GREEDY, max_output_tokens=max_tokens
+        )
+
+
+def _require_room(folder: Path, bundle: Path) -> None:
+    """UserError where a bundle's packed weights, about as large as it, have no room: the engine would abort."""
+    free, size = shutil.disk_usage(folder).free, bundle.stat().st_size
+    if free < size and not any(folder.glob(f"{glob.escape(bundle.name)}_*")):
+        raise UserError(
+            f"{folder} has {free / 1e9:.1f} GB free, and the packed weights of {bundle} take {size / 1e9:.1f}; "
+            "make room, or name another place (--cache, or TMPDIR in the environment)"
         )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tokenizers
@@ -134,6 +137,16 @@ def test_an_existing_bundle_is_kept_unless_overwriting_is_asked_for(exported, tm
     assert out.read_text() == "mine"
     bundle.write_bundle(exported.tflite, tokenizer, out, CONTEXT, overwrite=True)
     assert out.read_bytes() == exported.bundle.read_bytes()
+
+
+def test_a_full_disk_is_told_before_the_engine_aborts_on_it(exported, tmp_path, monkeypatch):
+    with Engine(exported.bundle, threads=1, cache_dir=tmp_path / "kept"):
+        pass
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=exported.bundle.stat().st_size - 1))
+    with pytest.raises(UserError, match="make room"):
+        Engine(exported.bundle, threads=1, cache_dir=tmp_path / "new")
+    with Engine(exported.bundle, threads=1, cache_dir=tmp_path / "kept"):  # what is packed already needs none
+        pass
 
 
 def test_what_is_no_bundle_is_refused_in_words(tmp_path):
