@@ -53,6 +53,9 @@ def traffic(instruction: Instruction, inside: Computation, module: Module) -> in
         read = sum(_held(shapes) and min(_held(shapes), _read(i, fused, module)) for i, shapes in enumerate(given))
         written = _written(root(fused), fused, module)
         return read + sum(n for n, a in zip(written, instruction.out, strict=False) if a.in_hbm)
+    if opcode == "call-start":
+        called = module.called(instruction, "to_apply")
+        return sum(traffic(inner, called, module) for inner in called.values())
     if opcode.endswith("-start"):
         return _held(instruction.out)  # a tuple of the operand and the result
     return _held(operands) + _held(instruction.out)

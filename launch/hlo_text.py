@@ -8,6 +8,7 @@ from math import ceil, prod
 from typing import NamedTuple
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_END = re.compile(r'\}(, execution_thread="\w+")?\s*')  # a thread's name where SparseCores run it
 _HEAD = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 
@@ -132,7 +133,7 @@ def parse(text: str) -> Module:
         if current is None and header:
             current = computations[header[2]] = {}
             entry = header[2] if header[1] else entry
-        elif current is not None and line.rstrip() == "}":
+        elif current is not None and _END.fullmatch(line):
             flush()
             current = None
         elif current is not None:
@@ -262,10 +263,10 @@ def schedule(module: Module, unknown: list[str] | None = None) -> Iterator[Sched
 
 
 def nested(instruction: Instruction, module: Module) -> Iterator[tuple[Instruction, Computation]]:
-    """What a fusion or an asynchronous wrapper runs inside, at any depth."""
-    if instruction.opcode not in ("fusion", "async-start"):
+    """What a fusion, an asynchronous wrapper or a call to a SparseCore runs inside, at any depth."""
+    if instruction.opcode not in ("fusion", "async-start", "call-start"):
         return
-    inside = module.called(instruction)
+    inside = module.called(instruction, "to_apply" if instruction.opcode == "call-start" else "calls")
     for inner in inside.values():
         yield inner, inside
         yield from nested(inner, module)

@@ -21,6 +21,14 @@ def saved(name: str) -> str:
     return gzip.decompress((DATA / f"{name}.hlo.gz").read_bytes()).decode()
 
 
+def step(body: str, more: str = "", partitions: int = 8) -> str:
+    """A module around the lines of ENTRY and further computations."""
+    lines = re.sub(r"^(?=%|ROOT)", "  ", body.strip(), flags=re.MULTILINE)
+    return (
+        f"HloModule m, num_partitions={partitions}\n\n{more.strip()}\n\nENTRY %main () -> f32[] {{\n{lines}\n}}\n"
+    )
+
+
 def compile_text(name: str) -> str:
     """A program's text without source paths and kernel code, or the compiler's message if it does not fit."""
     import jax

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 
@@ -12,18 +11,9 @@ import pytest
 
 from launch.hlo import Collective, Kernel, costliest, read_program, replica_groups
 from launch.hlo_memory import read_out_of_memory
-from launch.hlo_text import arrays
-from tests.launch.programs import NAMES, saved
+from tests.launch.programs import NAMES, saved, step
 
 KiB, MiB, GiB = 2**10, 2**20, 2**30
-
-
-def step(body: str, more: str = "", partitions: int = 8) -> str:
-    """A module around the lines of ENTRY and further computations."""
-    lines = re.sub(r"^(?=%|ROOT)", "  ", body.strip(), flags=re.MULTILINE)
-    return (
-        f"HloModule m, num_partitions={partitions}\n\n{more.strip()}\n\nENTRY %main () -> f32[] {{\n{lines}\n}}\n"
-    )
 
 
 def loop(condition: str, update: str, work: str) -> str:
@@ -303,6 +293,56 @@ ROOT %f = f32[2,128] fusion(%ad), kind=kCustom, calls=%all-reduce-scatter"""
     )
 
 
+def test_what_sparse_cores_run_counts_and_hides_nothing_behind_it():
+    """tpu7x hands them gathers and collectives: a call in a call, each with a thread's name at its end."""
+    table, ids, rows = (
+        "bf16[4096,128]{1,0:T(8,128)(2,1)}",
+        "s32[1024]{0:T(1024)}",
+        "bf16[1024,128]{1,0:T(8,128)(2,1)}",
+    )
+    more = f"""
+%fused (t: bf16[4096,128], n: s32[1024]) -> bf16[1024,128] {{
+  %t = {table} parameter(0)
+  %n = {ids} parameter(1)
+  ROOT %g = {rows} gather(%t, %n), offset_dims={{1}}, slice_sizes={{1,128}}
+}}, execution_thread="sparsecore"
+
+%inner (t.1: bf16[4096,128], n.1: s32[1024], x.1: f32[2,128]) -> bf16[1024,128] {{
+  %t.1 = {table} parameter(0)
+  %n.1 = {ids} parameter(1)
+  %x.1 = f32[2,128] parameter(2)
+  %all = f32[16,128] all-gather(%x.1), replica_groups={{{{0,1,2,3,4,5,6,7}}}}
+  ROOT %f = {rows} fusion(%t.1, %n.1), kind=kCustom, calls=%fused
+}}, execution_thread="sparsecore"
+
+%outer (t.2: bf16[4096,128], n.2: s32[1024], x.2: f32[2,128]) -> bf16[1024,128] {{
+  %t.2 = {table} parameter(0)
+  %n.2 = {ids} parameter(1)
+  %x.2 = f32[2,128] parameter(2)
+  %s.2 = (({table}, {ids}, f32[2,128]), {rows}, u32[]) call-start(%t.2, %n.2, %x.2), to_apply=%inner
+  ROOT %d.2 = {rows} call-done(%s.2)
+}}, execution_thread="sparsecore"
+
+%double (r: bf16[1024,128]) -> bf16[1024,128] {{
+  %r = {rows} parameter(0)
+  ROOT %sum = {rows} add(%r, %r)
+}}"""
+    program = read_program(
+        step(
+            f"""%t.3 = {table} parameter(0)
+%n.3 = {ids} parameter(1)
+%x.3 = f32[2,128]{{1,0}} parameter(2)
+%s.3 = (({table}, {ids}, f32[2,128]), {rows}, u32[]) call-start(%t.3, %n.3, %x.3), to_apply=%outer
+%d.3 = {rows} call-done(%s.3)
+ROOT %y = {rows} fusion(%d.3), kind=kLoop, calls=%double""",
+            more,
+        )
+    )
+    assert program.collectives == (Collective("all-gather", 8, 1, count=1, bytes=8 * KiB),)
+    gathered = 4 * KiB + 2 * 256 * KiB  # the indices, the rows that they name, the rows side by side
+    assert program.hbm_bytes == gathered + (1 + 8) * KiB + 2 * 256 * KiB
+
+
 def test_groups_that_leave_a_slice_are_told_apart():
     text = step(
         """%a = f32[2,128] parameter(0)
@@ -312,74 +352,3 @@ ROOT %far = f32[2,128] all-reduce(%near), replica_groups=[4,2]<=[2,4]T(1,0), to_
     found = {(c.group, c.slices) for c in read_program(text, devices_per_slice=4).collectives}
     assert found == {(4, 1), (2, 2)}
     assert {c.slices for c in read_program(text).collectives} == {1}
-
-
-# ---- memory -------------------------------------------------------------------------------------
-
-
-def test_an_array_takes_whole_tiles_in_memory():
-    [narrow] = arrays("bf16[100,64]{1,0:T(8,128)(2,1)}")
-    assert (narrow.bytes, narrow.padded_bytes) == (2 * 100 * 64, 2 * 104 * 128)
-    [turned] = arrays("bf16[64,100]{0,1:T(8,128)(2,1)}")
-    assert turned.padded_bytes == narrow.padded_bytes
-    assert [a.in_hbm for a in arrays("(f32[8]{0}, f32[8]{0:T(128)S(1)}, /*index=2*/s32[1]{0:S(2)})")] == [
-        True,
-        False,
-        False,
-    ]
-
-
-def test_a_fusion_that_works_on_a_slice_moves_the_slice_only():
-    fused = """
-%fused (p0: f32[64,8,128], p1: s32[], p2: f32[64,8,128]) -> f32[64,8,128] {
-  %p0 = f32[64,8,128]{2,1,0:T(8,128)} parameter(0)
-  %p1 = s32[] parameter(1)
-  %zero = s32[] constant(0)
-  %p2 = f32[64,8,128]{2,1,0:T(8,128)} parameter(2)
-  %s = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%p2, %p1, %zero, %zero), dynamic_slice_sizes={1,8,128}
-  ROOT %u = f32[64,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%p0, %s, %p1, %zero, %zero)
-}"""
-    body = """%a = f32[64,8,128]{2,1,0:T(8,128)} parameter(0)
-%b = f32[64,8,128]{2,1,0:T(8,128)SPACE} parameter(1)
-%i = s32[]{:S(6)} parameter(2)
-ROOT %f = f32[64,8,128]{2,1,0:T(8,128)} fusion(%a, %i, %b), kind=kLoop, calls=%fused"""
-    assert read_program(step(body.replace("SPACE", ""), fused)).hbm_bytes == 2 * 4 * KiB
-    assert read_program(step(body.replace("SPACE", "S(1)"), fused)).hbm_bytes == 4 * KiB
-
-
-def test_both_messages_of_a_program_too_large_are_read():
-    short = read_out_of_memory(
-        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (20.00G) "
-        "exceeds available HBM (15.75G)."
-    )
-    assert short is not None
-    assert (short.needed, short.available, short.largest) == (20 * GiB, 15.75 * GiB, ())
-    long = read_out_of_memory(
-        """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
-Used 63.80G of 30.75G hbm. Exceeded hbm capacity by 33.05G.
-
-Program hbm requirement 63.80G:
-    HLO temp         63.79G (100.0% utilization: Unpadded (63.58G) Padded (63.58G))
-
-  Largest program allocations in hbm:
-
-  1. Size: 2.00G
-     Operator: op_name="jit(step)/jvp(h)/0/dot_general" source_file="attention.py" source_line=1059
-     Shape: f32[32,4096,4096]{1,2,0:T(8,128)}
-     Unpadded size: 2.00G
-     XLA label: fusion.1265.remat3 = fusion(custom-call.224), kind=kOutput, calls=fused_computation.957
-     Allocation type: HLO temp
-     ==========================
-
-  2. Size: 512.0M
-     Shape: bf16[65536,4096]{1,0}
-     Unpadded size: 512.0M
-     XLA label: copy.7 = copy(param.1)
-"""
-    )
-    assert long is not None and long.needed == round(63.8 * GiB)
-    assert long.largest == (
-        (2 * GiB, "f32[32,4096,4096]", "jit(step)/jvp(h)/0/dot_general"),
-        (512 * MiB, "bf16[65536,4096]", "copy.7"),
-    )
-    assert read_out_of_memory("Ran out of memory in memory space vmem. Used 20.0M of 16.0M vmem.") is None
