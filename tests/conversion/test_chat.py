@@ -29,6 +29,15 @@ def test_clear_forgets_and_quit_ends(exported, capsys):
     assert "/clear" in capsys.readouterr().err
 
 
+@KINDS
+def test_packed_weights_are_kept_where_a_cache_is_named(exported, tmp_path):
+    first = chat(exported.bundle, ["add"], cache=tmp_path, **QUICK)
+    (packed,) = tmp_path.iterdir()
+    written = packed.stat().st_mtime_ns
+    assert chat(exported.bundle, ["add"], cache=tmp_path, **QUICK) == first
+    assert packed.stat().st_mtime_ns == written
+
+
 class Interrupting(io.StringIO):
     """An output that raises SIGINT when the first piece of an answer arrives."""
 
