@@ -29,6 +29,7 @@ from moe_jax.model.rope import rope_frequencies
 
 ARCHITECTURE = "exaone-moe"
 _BLOCK = 32  # weights that share a scale in Q4_0
+_MOST_EXPERTS = 1024  # LLAMA_MAX_EXPERTS: llama.cpp aborts above it
 _GATING = {"softmax": 1, "sigmoid": 2}
 _HEAD = "output.weight"  # the embedding again: the architecture knows no tied head
 
@@ -121,6 +122,8 @@ def _inexact(config: ModelConfig) -> str:
         return f"its activation is {config.activation}"
     if config.moe is not None and not config.moe.shared_expert_width:
         return "it has no shared expert"
+    if config.moe is not None and config.moe.num_experts > _MOST_EXPERTS:
+        return f"it has more than {_MOST_EXPERTS} experts"
     return ""
 
 

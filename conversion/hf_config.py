@@ -84,7 +84,8 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer, int4: bool) -> dict[str
     lost = differences(replace(config, rope=rope), _parsed(data)).keys() - set(TRAINING_OPTIONS)
     if lost:
         raise UserError(
-            f"the published layout cannot say {', '.join(sorted(lost))} of this model; export it to GGUF"
+            f"the published layout cannot say {', '.join(sorted(lost))} of this model; export it as "
+            ".litertlm, or to GGUF if that can"
         )
     return data | {
         "auto_map": {

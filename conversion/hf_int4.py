@@ -2,7 +2,8 @@
 
 The release groups experts along the output and takes any float16 scale; the grid groups along the input and has
 scales that are exact in bfloat16 too. A checkpoint holds floats, so imported codes become floats that the grid
-rounds to those very codes, and that give codes and scales back bit for bit.
+rounds to those very codes, and that give codes and scales back bit for bit. (Of floats that were dequantised, a
+group whose codes leave room may come back with larger codes and a smaller scale: the same values.)
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ class FeedForward(nn.Module):
         self.config = config
         self.router = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
         self.expert_bias = nn.Parameter(torch.zeros(config.num_local_experts))
-        self.experts, self.shared_expert = Experts(config), SharedExpert(config)
+        self.experts = Experts(config)
+        self.shared_expert = SharedExpert(config) if config.intermediate_size_mlp else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] to [B, S, D]."""
@@ -121,7 +122,7 @@ class FeedForward(nn.Module):
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * self.config.routed_scaling_factor
-        out = self.shared_expert(flat)
+        out = self.shared_expert(flat) if self.shared_expert else torch.zeros_like(flat)
         for expert in chosen.unique().tolist():
             tokens, slots = (chosen == expert).nonzero(as_tuple=True)
             mixed = self.experts(flat[tokens], expert) * weights[tokens, slots, None].to(x.dtype)

@@ -150,5 +150,6 @@ def read_out_of_memory(message: str) -> OutOfMemory | None:
         name = re.search(r'op_name="([^"]*)"', entry) or re.search(r"XLA label: %?(\S+)", entry)
         if held:
             bytes_held = round(float(held[1]) * _UNITS[held[2]])
-            largest.append(Buffer(bytes_held, shape[1] if shape else "", name[1] if name else ""))
+            label = name[1].replace("\\'", "'") if name else ""
+            largest.append(Buffer(bytes_held, shape[1] if shape else "", label))
     return OutOfMemory(needed, available, tuple(largest))

@@ -72,7 +72,7 @@ class Instruction(NamedTuple):
     @property
     def op_name(self) -> str:
         """The jax name stack, or the instruction's own name."""
-        return self.attribute(r'op_name="([^"]*)"') or self.name
+        return self.attribute(r'op_name="([^"]*)"').replace("\\'", "'") or self.name
 
 
 Computation = dict[str, Instruction]

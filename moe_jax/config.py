@@ -32,6 +32,12 @@ def _not_negative(prefix: str, options: object, *names: str) -> None:
         _require(0 <= value < math.inf, f"{prefix}{name} is {value}; it must be 0 or positive{_finite(value)}")
 
 
+def _countable(prefix: str, options: object, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        _require(value < 2**31, f"{prefix}{name} is {value}; it must be below 2**31")
+
+
 def _seeded(prefix: str, options: DataConfig | RunConfig) -> None:
     seed = options.seed
     _require(0 <= seed < 2**32, f"{prefix}seed is {seed}; it must lie in 0..2**32-1")
@@ -203,7 +209,10 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _one_of("source.kind", self.kind, ("text", "chat"))
-        _require(0 < self.weight < math.inf, f"source.weight of {self.path!r} must be positive")
+        _require(
+            1e-9 <= self.weight <= 1e9,
+            f"source.weight of {self.path!r} is {self.weight}; it must be positive, and within 1e-9 .. 1e9",
+        )
 
 
 @dataclass(frozen=True)
@@ -246,6 +255,7 @@ class OptimizerConfig:
         _one_of("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
         _positive("optimizer.", self, "learning_rate", "eps")
         _not_negative("optimizer.", self, "warmup_steps", "weight_decay", "final_fraction")
+        _countable("optimizer.", self, "warmup_steps")
         _require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be positive (inf is off)")
         for name in ("b1", "b2"):
             value = getattr(self, name)
@@ -278,6 +288,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         _positive("checkpoint.", self, "every_steps", "keep", "heldout_batches")
         _not_negative("checkpoint.", self, "every_minutes", "keep_every")
+        _countable("checkpoint.", self, "heldout_batches")
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,10 @@ def sample(logits_V: jax.Array, key: jax.Array, temperature: float, top_p: float
     """One id: the most probable at temperature 0, else drawn from the smallest set that holds `top_p`."""
     if temperature == 0:
         return jnp.argmax(logits_V)
-    scaled = logits_V / temperature
-    order = jnp.argsort(-scaled)
+    order = jnp.argsort(-logits_V)
+    scaled = (logits_V - logits_V.max()) / max(
+        temperature, 1e-30
+    )  # neither end of float32 is left: 1e-320 is 0 there
     probabilities = jax.nn.softmax(scaled[order])
     before = jnp.cumsum(probabilities) - probabilities
     kept = jnp.where(before < top_p, scaled[order], -jnp.inf)

@@ -141,6 +141,7 @@ def test_fine_grained_experts_follow_the_papers_trade():
         (lambda: ModelConfig(activation="relu"), "silu, gelu_tanh"),
         (lambda: QuantConfig(weight_group_size=48), "multiple of 32"),
         (lambda: SourceConfig(kind="image"), "text, chat"),
+        (lambda: SourceConfig(weight=1e-307), "positive, and within"),
         (lambda: DataConfig(seq_len=1), "at least 2"),
         (lambda: OptimizerConfig(schedule="step"), "cosine, linear, constant"),
         (lambda: CheckpointConfig(keep=0), "positive"),
@@ -165,7 +166,9 @@ def test_a_wrong_value_is_one_sentence_with_the_mend(build, words):
         "model.moe.bias_update_rate=-1", "model.moe.router_z_loss=-1", "model.moe.aux_loss=inf",
         "model.moe.capacity_factor=inf", "model.moe.routed_scaling_factor=0", "model.rope.factor=0",
         "model.rope.theta=-1", "model.head_dim=0", "model.norm_eps=-1", "log_every=0", "loss_chunk=0",
-        "loss_chunk=-4", "seed=99999999999999999999", "checkpoint.every_minutes=inf", "guard.spike_factor=nan",
+        "loss_chunk=-4", "seed=99999999999999999999", "optimizer.warmup_steps=3000000000",
+        "checkpoint.heldout_batches=100000000000000000000", "checkpoint.every_minutes=inf",
+        "guard.spike_factor=nan",
     ],
 )  # fmt: skip
 def test_a_value_that_would_train_wrongly_or_crash_later_is_refused_by_name(override):

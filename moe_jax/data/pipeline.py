@@ -125,7 +125,7 @@ def make_train_iterator(
 def heldout_rows(config: DataConfig, tokenizer: Tokenizer) -> list[PackedRows]:
     """The rows of each source of `config.heldout`; UserError where there is none, or one that cannot be used."""
     if not config.heldout:
-        raise UserError("data.heldout is empty; name a source, or switch checkpoint.keep_best off")
+        raise UserError("data.heldout is empty; name a source (evaluate and checkpoint.keep_best read it)")
     sources = (tokenize_source(s, tokenizer, config.max_bytes, config.cache_dir) for s in config.heldout)
     return [PackedRows(source, config.seq_len, tokenizer.bos, tokenizer.pad) for source in sources]
 

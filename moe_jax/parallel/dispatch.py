@@ -216,8 +216,9 @@ def _in_passes(one_pass: Callable, x_TD: jax.Array, ids_TK: jax.Array, mix_TK: j
 def _bounds(moe: MoEConfig, tokens: int, group: int) -> dict[str, int | None]:
     """What `plan_rows` may keep of the `tokens` of an expert group in one pass: per expert, and per device."""
     mean = tokens * moe.num_experts_per_tok / moe.num_experts
-    capacity = math.ceil(moe.capacity_factor * mean) if moe.dispatch == "drop_and_pad" else None
+    capacity = math.ceil(min(moe.capacity_factor * mean, tokens)) if moe.dispatch == "drop_and_pad" else None
     local_experts = moe.num_experts // group
     if moe.buffer_factor and group > 1:
-        return {"capacity": capacity, "rows": math.ceil(moe.buffer_factor * mean * local_experts)}
+        rows = min(moe.buffer_factor * mean, tokens) * local_experts
+        return {"capacity": capacity, "rows": math.ceil(rows)}
     return {"capacity": capacity, "rows": capacity and capacity * local_experts}

@@ -24,6 +24,9 @@ def run_stages(configs: Sequence[RunConfig], root: AnyPath, *, new_data: bool = 
     names = [cfg.stage for cfg in configs]
     if len(set(names)) < len(names):
         raise UserError(f"two stages have the same name ({', '.join(names)}); set stage in one of them")
+    for name in names:
+        if not name or "/" in name or name.startswith("."):
+            raise UserError(f"stage {name!r} names a folder here; set a stage without a slash or a leading dot")
     folders: list[epath.Path] = []
     stop = StopRequest()
     for cfg in configs:

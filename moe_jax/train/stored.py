@@ -157,7 +157,9 @@ def restore_arrays(path: epath.Path, abstract: Any, shapes: dict[str, dict[str, 
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         listed = "; ".join(sorted(problems)[:8])
-        raise UserError(f"checkpoint {path} does not fit this config: {listed}{more}")
+        raise UserError(
+            f"checkpoint {path} does not fit this config: {listed}{more}; use the config it was made with"
+        )
     shards = [_shard_bytes(leaf, shapes[tree][name]) for tree in wanted for name, leaf in wanted[tree].items()]
     loaded = _load(path, wanted, max(_READ_AT_ONCE, 2 * max(shards)) + 1)
     leaves = [loaded[tree_of(name)][stored_name(name)] for name in names]

@@ -368,11 +368,12 @@ class _Trainer:
         steps = complete_steps(self.run_dir)
         last = f"step {steps[-1]} stays the last checkpoint" if steps else "there is no checkpoint yet"
         if not goes_on:
-            many = f"; {len(skipped)} batches were skipped before (guard.max_skipped)" if skipped else ""
+            many = f"; {len(skipped)} batches were skipped before" if skipped else ""
+            mend = "raise guard.max_skipped" if guard.on_bad_step == "skip" else "set guard.on_bad_step=skip"
             raise UserError(
                 f"{sentence}{many}; {last}: look at it with 'python -m moe_jax batch "
                 f"{self.run_dir / 'config.json'} --batch {bad.batch}', lower optimizer.learning_rate, "
-                "or set guard.on_bad_step=skip"
+                f"or {mend}"
             )
         self.skipped.append(bad.batch)
         step = self._restore()

@@ -77,7 +77,7 @@ class Watchdog:
             left = since + allowed - time.monotonic()
             if left <= 0:
                 break
-            if self._done.wait(min(left, self._seconds)):
+            if self._done.wait(min(left, self._seconds, threading.TIMEOUT_MAX)):
                 return
         sentence = (
             f"process {os.getpid()} hung for {allowed:.0f} s in {doing}; it ends itself for a restart "

@@ -160,6 +160,7 @@ def test_the_checkpoint_of_the_step_that_is_named_is_written(tmp_path):
         ({"qk_norm": False}, "no QK norm"),
         ({"activation": "gelu_tanh"}, "gelu_tanh"),
         ({"moe": dataclasses.replace(ROUTED, shared_expert_width=0)}, "no shared expert"),
+        ({"moe": dataclasses.replace(ROUTED, num_experts=1025)}, "more than 1024 experts"),
     ],
 )
 def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(change, why, tmp_path):

@@ -163,6 +163,20 @@ def test_transformers_computes_what_jax_computes(kind, config, tmp_path):
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
 
 
+def test_transformers_misses_no_weight_of_a_model_without_a_shared_expert(tmp_path):
+    config = dataclasses.replace(TINY, moe=dataclasses.replace(ROUTED, shared_expert_width=0))
+    run = write_run(tmp_path / "run", config, random_parameters(config))
+    export_folder(run, tmp_path / "hf")
+    options = {"trust_remote_code": True, "dtype": torch.float32, "output_loading_info": True}
+    model, told = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", **options)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    with torch.inference_mode():
+        got = model(torch.tensor([IDS])).logits[0].numpy()
+    parameters = {k: v.astype(DTYPES["BF16"]).astype(np.float32) for k, v in random_parameters(config).items()}
+    want = Generator(config, parameters).logits(IDS)
+    assert np.abs(got - want).max() < 1e-2 * np.abs(want).max()
+
+
 def as_published(folder, int4) -> dict[str, np.ndarray]:
     """The JAX parameters that a folder says, straight from its tensors."""
     files, layers = Folder(folder), {}

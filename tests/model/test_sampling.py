@@ -19,6 +19,12 @@ def test_a_temperature_divides_the_logits(temperature, share):
     assert np.asarray(draw(jax.random.split(jax.random.key(0), 4000))).mean() == pytest.approx(share, abs=0.03)
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e-320, 1.0), (1e-30, 1.0), (1e38, 1e-9), (1e-38, 0.5)])
+def test_the_likeliest_token_is_drawn_where_hardly_another_may_be(temperature, top_p):
+    logits = jnp.asarray([-3.0, 8.0, 2.0, 7.5])
+    assert int(sample(logits, jax.random.key(0), temperature, top_p)) == 1
+
+
 def test_each_token_is_drawn_anew_and_the_seed_repeats_them():
     indifferent = {path: np.zeros(leaf.shape, np.float32) for path, leaf in describe(DENSE).items()}
     generator = Generator(DENSE, indifferent)

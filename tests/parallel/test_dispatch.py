@@ -170,8 +170,9 @@ def _kept_by_groups(ids_BSK, experts, capacity, rows):
         ({"buffer_factor": 0.9}, 99, 15),
         ({"dispatch": "drop_and_pad", "capacity_factor": 0.75}, 4, 99),
         ({"dispatch": "drop_and_pad", "capacity_factor": 1.5, "buffer_factor": 0.8}, 8, 13),
+        ({"dispatch": "drop_and_pad", "capacity_factor": 1e8, "buffer_factor": 1e8}, 99, 99),
     ],
-    ids=["dropless", "buffer", "capacity", "both"],
+    ids=["dropless", "buffer", "capacity", "both", "more than all"],
 )
 def test_an_expert_group_drops_its_own_excess_and_counts_it(options, capacity, rows, align):
     moe = MoEConfig(num_experts=6, num_experts_per_tok=2, expert_width=2, **options)
@@ -189,7 +190,7 @@ def test_an_expert_group_drops_its_own_excess_and_counts_it(options, capacity, r
     y_BSD, count = run((gate_up, down), x_BSD, ids_BSK, mix_BSK)
     kept_BSK = _kept_by_groups(ids_BSK, 6, capacity, rows)
     real = (ids_BSK < 6).sum()
-    assert int(count) == kept_BSK.sum() and (kept_BSK.sum() < real) == bool(options)
+    assert int(count) == kept_BSK.sum() and (kept_BSK.sum() < real) == (min(capacity, rows) < 99)
     factor_E = np.append(gate_up.sum((1, 2)) + down.sum((1, 2)), 0)
     want = (kept_BSK * mix_BSK * factor_E[ids_BSK]).sum(-1)[..., None] * x_BSD
     np.testing.assert_allclose(y_BSD, want, rtol=1e-4, atol=1e-4)

@@ -19,7 +19,7 @@ from moe_jax.errors import HUNG
 from moe_jax.files import read_lines
 from moe_jax.train.goodput import Goodput
 from moe_jax.train.guard import LossGuard
-from moe_jax.train.watch import StopRequest
+from moe_jax.train.watch import StopRequest, Watchdog
 
 losses = st.lists(st.floats(0.1, 10), min_size=1, max_size=80)
 
@@ -150,6 +150,18 @@ def test_the_watchdog_ends_a_process_that_hangs_and_only_that(tmp_path, hangs, s
         assert done.stdout == "told 19 step 19\n"
     else:
         assert not dump.exists()
+
+
+def test_a_watchdog_that_is_to_wait_for_ages_still_watches(tmp_path):
+    """A thread cannot wait for as long as a number may say."""
+    before = set(threading.enumerate())
+    with Watchdog(1e9, tmp_path / "hang.txt", lambda step, doing: None) as dog:
+        dog.beat(1)
+        (thread,) = set(threading.enumerate()) - before
+        thread.join(0.2)
+        assert thread.is_alive()
+    thread.join(5)
+    assert not thread.is_alive()
 
 
 def test_a_hang_is_in_the_history_of_the_run(tiny, tmp_path):

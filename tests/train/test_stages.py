@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,3 +98,10 @@ def test_stages_follow_each_other_and_complete_ones_are_skipped(tiny, finished, 
     assert run_stages(configs, tmp_path) == folders and fitted == ["midtrain"]
     with pytest.raises(UserError, match="same name"):
         run_stages([tiny.cfg, tiny.cfg], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "../beside", "a/b", ".hidden"])
+def test_a_stage_that_is_no_name_of_a_folder_is_refused_before_any_is_trained(tiny, tmp_path, name):
+    with pytest.raises(UserError, match="names a folder"):
+        run_stages([tiny.cfg, replace(tiny.cfg, stage=name)], tmp_path / "root")
+    assert not list(tmp_path.iterdir())
