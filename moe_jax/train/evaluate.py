@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from tqdm import tqdm
+
 from moe_jax.data.pipeline import compression_bits_per_byte, heldout_batches, heldout_rows, heldout_text
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.files import AnyPath, location
@@ -31,16 +33,18 @@ def evaluate(run_dir: AnyPath, overrides: list[str] | None = None) -> dict[str, 
     cfg = replace(cfg, model=cfg.model.dropless())
     tokenizer = Tokenizer.load(location(run_dir) / "tokenizer.json")
     tokenizer.require(cfg.model.vocab_size, stored["tokenizer"])
-    sources = zip(cfg.data.heldout, heldout_rows(cfg.data, tokenizer), strict=True)
+    sources = list(zip(cfg.data.heldout, heldout_rows(cfg.data, tokenizer), strict=True))
     mesh = single_device_mesh()
     params, biases = restore_model(run_dir, abstract_state(cfg, mesh))
     step = make_eval_step(cfg, mesh)
-    nats, tokens = {"text": 0.0, "chat": 0.0}, 0
-    for source, rows in sources:
-        for batch in heldout_batches([rows], max(1, _TOKENS // cfg.data.seq_len)):
-            nll, count = step(params, biases, put_batch(batch, mesh))
-            nats[source.kind] += float(nll)
-            tokens += int(count)
+    nats, tokens, size = {"text": 0.0, "chat": 0.0}, 0, max(1, _TOKENS // cfg.data.seq_len)
+    with tqdm(total=sum(len(rows) for _, rows in sources), desc="held-out", unit="row", disable=None) as bar:
+        for source, rows in sources:
+            for batch in heldout_batches([rows], size):
+                nll, count = step(params, biases, put_batch(batch, mesh))
+                nats[source.kind] += float(nll)
+                tokens += int(count)
+                bar.update(min(size, bar.total - bar.n))
     result = {"step": int(path.name), "tokens": tokens, "nats_per_token": sum(nats.values()) / tokens}
     if not (text := heldout_text(cfg.data)):
         return result
