@@ -7,7 +7,8 @@ import shlex
 from launch.job import Job, kubernetes_literal, shell
 from moe_jax.errors import HUNG, PREEMPTED, UserError
 
-_CRASHED = 1  # xpk by itself restarts on 42 and on signals only
+_LEAST_V5E = 8
+_CRASHED = 1  # xpk by itself restarts on 42 and from 127 on
 
 
 def command_line(job: Job) -> list[str]:
@@ -16,6 +17,8 @@ def command_line(job: Job) -> list[str]:
         raise UserError("xpk works on a cluster that it knows; add --cluster")
     kind = job.slice
     flat = not kind.facts.cubes
+    if kind.family == "v5e" and kind.chips < _LEAST_V5E:
+        raise UserError(f"xpk has no v5e slice of less than {_LEAST_V5E} chips; use gke or queued")
     # A size of a family with shapes does not say which one; xpk takes the shape in its place.
     tpu_type = f"{kind.facts.product}-{kind.size if flat else kind.topology}"
     words = [

@@ -66,9 +66,9 @@ class Chip:
 
 _AT = "https://docs.cloud.google.com/tpu/docs/"
 
-# Clocks of v5p and v6e are not published; they follow from the peak and 8 * 128^2 (v5p) or 4 * 256^2 (v6e)
-# multiply-adds a cycle. With them the compiler's estimate of a copy comes to 72 to 81 % of the HBM's peak on v4,
-# v5e, v5p and v6e alike.
+# Clocks of v5p and v6e are not published; they follow from the peak and 8 * 128^2 (v5p) or 4 * 256^2 (v6e, whose
+# page has two MXUs of that size; then it would run at 3.5 GHz) multiply-adds a cycle. With them the compiler's
+# estimate of a copy comes to 72 to 81 % of the HBM's peak on v4, v5e, v5p and v6e alike.
 CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, 32 * GiB, 1200e9, 45e9, 3, 4, 6.25e9, 1, 1.05e9, _AT + "v4"),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GiB, 819e9, 50e9, 2, 16, 3.125e9, 1, 1.5e9, _AT + "v5e"),

@@ -56,7 +56,7 @@ def test_a_phone_that_nobody_measured_gets_the_share_of_bandwidth_that_others_re
 
 
 def test_a_peak_counts_the_pairs_of_every_cores_pipes():
-    assert find("Galaxy S25").peak == pytest.approx((2 * 4.32 + 2 * 3.53) * 4 * 32e9)
+    assert find("Galaxy S25").peak == pytest.approx((2 * 4.47 + 2 * 3.53) * 4 * 32e9)
     assert find("Galaxy S24").peak == pytest.approx((3.3 * 4 + 3 * 3.2 * 2) * 32e9)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from launch.record import read_record
 from launch.xpk import command_line, inner_command, render
+from moe_jax.errors import UserError
 from tests.launch.pod_jobs import NASTY, calls, expanded, fake_tools, job, run
 
 XPK = ["xpk", "mobilemoe_s", "--topology", "v5e-256", "--slices", "2", "--bucket", "gs://bucket", "--image", "i"]
@@ -43,6 +44,11 @@ def test_any_argument_survives_xpks_yaml_kubernetes_and_bash(words):
 )
 def test_slices_have_the_names_that_xpk_knows(topology, tpu_type):
     assert f"--tpu-type={tpu_type}" in command_line(job("xpk", topology=topology))
+
+
+def test_a_slice_that_xpk_does_not_know_is_refused():
+    with pytest.raises(UserError, match="gke or queued"):
+        command_line(job("xpk", topology="v5e-4"))
 
 
 def test_the_line_says_what_the_manifest_says():
