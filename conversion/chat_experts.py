@@ -19,6 +19,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from conversion.bench_runtime import Runtime
 from conversion.litert.container import entries, intact
+from conversion.litert.engine import require_room
 from conversion.readback import sections
 from moe_jax.data import chat
 from moe_jax.data.corpus import Message
@@ -54,6 +55,7 @@ class Experts:
         self.layers, self.count = (max(pair[at] for pair in self._graphs.values()) + 1 for at in (0, 1))
         self._tokenizer, self._room = parts.tokenizer, parts.metadata.max_num_tokens
         self._folder = tempfile.TemporaryDirectory()
+        require_room(Path(self._folder.name), Path(bundle))
         with intact(bundle):
             self._runtime = Runtime(parts.tflite, threads, Path(self._folder.name, "weights"))
         self._taken: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from launch.hlo_text import Array, Computation, Instruction, Module, root
+from launch.hlo_text import Array, Computation, Instruction, Module, root, unescaped
 
 # No bytes move: names for parts of other values, and control flow, whose body is counted.
 _VIEWS = (
@@ -54,7 +54,7 @@ def traffic(instruction: Instruction, inside: Computation, module: Module) -> in
         written = _written(root(fused), fused, module)
         return read + sum(n for n, a in zip(written, instruction.out, strict=False) if a.in_hbm)
     if opcode == "call-start":
-        called = module.called(instruction, "to_apply")
+        called = module.called(instruction)
         return sum(traffic(inner, called, module) for inner in called.values())
     if opcode.endswith("-start"):
         return _held(instruction.out)  # a tuple of the operand and the result
@@ -150,6 +150,5 @@ def read_out_of_memory(message: str) -> OutOfMemory | None:
         name = re.search(r'op_name="([^"]*)"', entry) or re.search(r"XLA label: %?(\S+)", entry)
         if held:
             bytes_held = round(float(held[1]) * _UNITS[held[2]])
-            label = name[1].replace("\\'", "'") if name else ""
-            largest.append(Buffer(bytes_held, shape[1] if shape else "", label))
+            largest.append(Buffer(bytes_held, shape[1] if shape else "", unescaped(name[1]) if name else ""))
     return OutOfMemory(needed, available, tuple(largest))

@@ -52,6 +52,11 @@ def arrays(shape: str) -> tuple[Array, ...]:
     return tuple(Array(t, tuple(map(int, d.split(","))) if d else (), la) for t, d, la in _ARRAY.findall(shape))
 
 
+def unescaped(name: str) -> str:
+    """A name of JAX's as it was before the compiler put it in quotes."""
+    return name.replace("\\'", "'")
+
+
 class Instruction(NamedTuple):
     """`literal` stands in the parentheses, `attributes` follow them; `cycles` is the compiler's estimate."""
 
@@ -72,7 +77,7 @@ class Instruction(NamedTuple):
     @property
     def op_name(self) -> str:
         """The jax name stack, or the instruction's own name."""
-        return self.attribute(r'op_name="([^"]*)"').replace("\\'", "'") or self.name
+        return unescaped(self.attribute(r'op_name="([^"]*)"')) or self.name
 
 
 Computation = dict[str, Instruction]
@@ -85,8 +90,9 @@ class Module(NamedTuple):
     entry: str
     devices: int
 
-    def called(self, instruction: Instruction, attribute: str = "calls") -> Computation:
-        """The computation that an attribute names (empty if there is none)."""
+    def called(self, instruction: Instruction, attribute: str = "") -> Computation:
+        """The computation that an attribute names (empty if there is none), by default what it runs."""
+        attribute = attribute or ("to_apply" if instruction.opcode in ("call", "call-start") else "calls")
         return self.computations.get(instruction.attribute(rf"\b{attribute}=%?([\w.\-]+)"), {})
 
 
@@ -249,7 +255,7 @@ def schedule(module: Module, unknown: list[str] | None = None) -> Iterator[Sched
                 runs, bound = trips or (1, 1)
                 yield from walk(module.called(instruction, "body"), times * runs, bounds * bound)
             elif instruction.opcode == "call":
-                yield from walk(module.called(instruction, "to_apply"), times, bounds)
+                yield from walk(module.called(instruction), times, bounds)
             elif instruction.opcode == "conditional":
                 named = instruction.attribute(r"((?:branch|true)_computations?=.*?)(?:, metadata|, backend|$)")
                 branches = [
@@ -266,7 +272,7 @@ def nested(instruction: Instruction, module: Module) -> Iterator[tuple[Instructi
     """What a fusion, an asynchronous wrapper or a call to a SparseCore runs inside, at any depth."""
     if instruction.opcode not in ("fusion", "async-start", "call-start"):
         return
-    inside = module.called(instruction, "to_apply" if instruction.opcode == "call-start" else "calls")
+    inside = module.called(instruction)
     for inner in inside.values():
         yield inner, inside
         yield from nested(inner, module)

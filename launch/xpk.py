@@ -7,7 +7,7 @@ import shlex
 from launch.job import Job, kubernetes_literal, shell
 from moe_jax.errors import HUNG, PREEMPTED, UserError
 
-_LEAST_V5E = 8
+_LEAST_V5E = 8  # chips: its smallest topology is 2x4
 _CRASHED = 1  # xpk by itself restarts on 42 and from 127 on
 
 

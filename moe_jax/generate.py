@@ -105,9 +105,8 @@ def sample(logits_V: jax.Array, key: jax.Array, temperature: float, top_p: float
     if temperature == 0:
         return jnp.argmax(logits_V)
     order = jnp.argsort(-logits_V)
-    scaled = (logits_V - logits_V.max()) / max(
-        temperature, 1e-30
-    )  # neither end of float32 is left: 1e-320 is 0 there
+    # So that neither end of float32 is left, where 1e-320 is 0.
+    scaled = (logits_V - logits_V.max()) / max(temperature, 1e-30)
     probabilities = jax.nn.softmax(scaled[order])
     before = jnp.cumsum(probabilities) - probabilities
     kept = jnp.where(before < top_p, scaled[order], -jnp.inf)

@@ -51,7 +51,7 @@ class Engine:
             cache_dir = self._scratch.name
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         if not needed:
-            _require_room(Path(cache_dir), Path(path))
+            require_room(Path(cache_dir), Path(path))
         try:
             self._engine = litert_lm.Engine(
                 str(path),
@@ -142,7 +142,7 @@ class Engine:
         )
 
 
-def _require_room(folder: Path, bundle: Path) -> None:
+def require_room(folder: Path, bundle: Path) -> None:
     """UserError where a bundle's packed weights, about as large as it, have no room: the engine would abort."""
     free, size = shutil.disk_usage(folder).free, bundle.stat().st_size
     if free < size and not any(folder.glob(f"{glob.escape(bundle.name)}_*")):

@@ -93,8 +93,10 @@ class Experts:
         columns = _split(g, at, [r * count for r, count in counts.items()], axis=1)
         tables = {r: _reshape(g, c, len(self) * counts[r], r) for r, c in zip(counts, columns, strict=True)}
         zeros = {r: g.const(np.zeros((r, self.width), np.float32)) for r in counts}
-        places = {r: map(g.const, map(np.int32, itertools.count())) for r in counts}
-        return [[zeros[r], x, tables[r], next(places[r])] for _ in range(len(self)) for r in rows]
+        places = {r: itertools.count() for r in counts}
+        return [
+            [zeros[r], x, tables[r], g.const(np.int32(next(places[r])))] for _ in range(len(self)) for r in rows
+        ]
 
     def run(self, g: Graph, e: int, x: int, rows: int) -> int:
         """Append: expert(x[rows]) for an id [] known at run time; x [T, D], rows int32 [C], C > 1.

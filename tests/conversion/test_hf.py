@@ -19,9 +19,12 @@ from conversion.hf_import import import_folder
 from conversion.hf_int4 import on_grid
 from conversion.int4 import Int4, unpack_nibbles
 from moe_jax.config import DataConfig, OptimizerConfig, QuantConfig, RunConfig, SourceConfig
+from moe_jax.errors import UserError
 from moe_jax.generate import Generator
 from moe_jax.overrides import from_dict
-from moe_jax.train.checkpoint import final_step, load_parameters
+from moe_jax.parallel.mesh import single_device_mesh
+from moe_jax.train.checkpoint import Checkpoints, final_step, load_parameters
+from moe_jax.train.state import abstract_state
 from moe_jax.train.trainer import fit
 from tests.conversion.folders import (
     ROUTED,
@@ -304,6 +307,12 @@ def test_an_output_below_a_file_is_one_sentence_and_leaves_nothing(bf16, tmp_pat
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error == f"error: {tmp_path}/file: File exists; name another place"
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "mine")]
+
+
+def test_an_imported_run_that_is_resumed_says_how_it_goes_on(bf16):
+    state = abstract_state(RunConfig("qat", TINY, data=DataConfig(seq_len=64)), single_device_mesh())
+    with pytest.raises(UserError, match=r"parameters only: name its run in init_from"):
+        Checkpoints(bf16[1]).restore_latest(state)
 
 
 def test_training_goes_on_from_an_imported_folder(bf16, tmp_path):

@@ -68,11 +68,16 @@ Program hbm requirement 63.80G:
      Shape: bf16[65536,4096]{1,0}
      Unpadded size: 512.0M
      XLA label: copy.7 = copy(param.1)
+
+  3. Size: 256.0M
+     Operator: op_name="state.params[\\'embed\\']"
+     Shape: f32[16384,4096]{1,0}
 """
     )
     assert long is not None and long.needed == round(63.8 * GiB)
     assert long.largest == (
         (2 * GiB, "f32[32,4096,4096]", "jit(step)/jvp(h)/0/dot_general"),
         (512 * MiB, "bf16[65536,4096]", "copy.7"),
+        (256 * MiB, "f32[16384,4096]", "state.params['embed']"),
     )
     assert read_out_of_memory("Ran out of memory in memory space vmem. Used 20.0M of 16.0M vmem.") is None
