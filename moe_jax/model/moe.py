@@ -80,15 +80,15 @@ class Router(nnx.Module):
 
 
 def normalised(scores: jax.Array) -> jax.Array:
-    """Scores, none negative, over the sum of the last axis; zeros stay zeros.
+    """Scores, none negative, over the sum of the last axis and the 1e-20 that the published model adds to it.
 
     The gradient of a quotient has the square of its divisor in it, which float32 loses below 1e-19: sigmoids of a
-    token that no expert wants. So both are first brought near 1 by a power of two, which changes no other's bits.
+    token that no expert wants. So all three are first brought near 1 by a power of two, which changes no bits.
     """
     most = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    exponent = jnp.frexp(jnp.where(most > 0, most, 1))[1]
-    near_one = scores * jnp.ldexp(jnp.float32(1), -exponent)
-    return near_one / (near_one.sum(-1, keepdims=True) + 1e-18)
+    factor = jnp.ldexp(jnp.float32(1), -jnp.frexp(jnp.maximum(most, 2.0**-126))[1])
+    near_one = scores * factor
+    return near_one / (near_one.sum(-1, keepdims=True) + 1e-20 * factor)
 
 
 def top_ids(scores: jax.Array, count: int) -> jax.Array:

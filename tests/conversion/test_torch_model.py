@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from conversion import torch_ops, weights
 from conversion.torch_model import MobileMoE, Reference, StaticCache, rotary_tables
+from moe_jax.model.moe import normalised
 from tests.conversion.conftest import DENSE, MOE, ROUTED
 
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 12)).astype(np.int32)
@@ -69,6 +71,19 @@ def test_the_bias_chooses_experts_and_never_weighs_them():
     assert torch.all(ids[:, 0] == 3)
     chosen = scores.gather(1, ids.long())
     assert torch.allclose(mix, 2.5 * chosen / chosen.sum(1, keepdim=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("level", [0, -20, -44, -50, -80])
+def test_a_token_that_no_expert_wants_has_the_weights_that_it_has_in_training(level):
+    logits = level + torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+
+    class Given(Reference):
+        def router(self, h, name):
+            return logits
+
+    _, mix = Given(weights.random(MOE)).route(torch.zeros(6, 64), ROUTED, "", torch.zeros(5))
+    chosen = torch.sigmoid(logits).sort(descending=True).values[:, :2].numpy()
+    np.testing.assert_allclose(mix, 2.5 * normalised(jnp.asarray(chosen)), rtol=1e-5)
 
 
 def test_equal_scores_go_to_the_lower_index():
