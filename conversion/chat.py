@@ -75,7 +75,7 @@ def chat(
                     say(f"{error}; /clear starts another")
                     continue
                 if experts and answer:
-                    _show(experts, talk.history)
+                    _show(experts, talk.history, at_terminal)
         return talk.replies
 
 
@@ -104,8 +104,8 @@ class _Talk(Engine):
         self.history = history
         self._talk = self._open.enter_context(self.conversation(history=history, **self._options))
 
-    def answer(self, message: str, measured: bool) -> str:
-        """Print the reply as it comes, then its speed if `measured`; Ctrl-C ends it."""
+    def answer(self, message: str, at_terminal: bool) -> str:
+        """Print the reply as it comes; Ctrl-C ends it, and in a terminal, where its speed follows, nothing else."""
         begun, first, answer, stopped = time.perf_counter(), 0.0, "", False
         try:
             for piece in reply(self._talk, message):
@@ -114,6 +114,9 @@ class _Talk(Engine):
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             self._talk.cancel_process()
+            if not at_terminal:
+                print(flush=True)
+                raise
             stopped = True
         print(flush=True)
         self.replies.append(answer)
@@ -123,20 +126,22 @@ class _Talk(Engine):
             self._begin(self.history + turn)  # a cancelled conversation answers no more
             return answer
         self.history += turn
-        if measured:
+        if at_terminal:
             info, seconds = self._talk.get_benchmark_info(), time.perf_counter() - begun
             speed = f"{info.last_decode_tokens_per_second:.1f} tokens/s, first after {first:.2f} s"
             say(f"({info.last_decode_token_count} tokens in {seconds:.1f} s: {speed})")
         return answer
 
 
-def _show(experts: Any, history: list[Message]) -> None:
+def _show(experts: Any, history: list[Message], at_terminal: bool) -> None:
     from conversion.chat_experts import strips
 
     begun = time.perf_counter()
     try:
         used = experts.of_answer(history)
     except KeyboardInterrupt:
+        if not at_terminal:
+            raise
         say("(stopped)")
         return
     if used:
@@ -157,6 +162,8 @@ def _lines(at_terminal: bool) -> Iterator[str]:
         except UnicodeError:  # in some locales it is read as halves of surrogate pairs
             raise UserError("a line of the standard input is not UTF-8; convert it") from None
         except KeyboardInterrupt:
+            if not at_terminal:
+                raise
             say("\n/quit or Ctrl-D leaves")
             continue
         if line:

@@ -10,11 +10,12 @@ from contextlib import closing
 import pytest
 import torch
 
+from conversion.__main__ import main
 from conversion.chat import _Talk, chat
 from conversion.chat_experts import Experts, Used, strips
 from conversion.torch_model import MobileMoE, Reference
 from moe_jax.data import chat as format_of
-from moe_jax.errors import UserError
+from moe_jax.errors import INTERRUPTED, UserError
 from tests.conversion.conftest import CONTEXT
 
 KINDS = pytest.mark.parametrize("exported", ["moe"], indirect=True)
@@ -50,21 +51,54 @@ class Interrupting(io.StringIO):
         return super().write(text)
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def typed(monkeypatch, *lines: str) -> None:
+    """Let these lines be typed at a terminal, then Ctrl-D."""
+    waiting = iter(lines)
+
+    def read(_: str) -> str:
+        if (line := next(waiting, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", read)
+
+
 @KINDS
 def test_ctrl_c_stops_an_answer_and_the_next_is_given(exported, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdout", Interrupting())
-    stopped, after = chat(exported.bundle, ["add", "more"], max_tokens=40, threads=1)
+    with monkeypatch.context() as patched:
+        typed(patched, "add", "more")
+        patched.setattr(sys, "stdout", Interrupting())
+        stopped, after = chat(exported.bundle, max_tokens=40, threads=1)
     assert len(stopped) < len(chat(exported.bundle, ["add"], max_tokens=40, threads=1)[0]) and after
     assert "(stopped)" in capsys.readouterr().err
 
 
 @KINDS
+def test_ctrl_c_in_an_answer_to_no_terminal_ends_the_command(exported, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Interrupting())
+    assert main(["chat", str(exported.bundle), "--prompt", "add", "--threads", "1"]) == INTERRUPTED
+
+
+@KINDS
+def test_ctrl_c_while_a_piped_line_is_awaited_ends_the_command(exported, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr("builtins.input", lambda _: signal.raise_signal(signal.SIGINT))
+    assert main(["chat", str(exported.bundle), "--threads", "1"]) == INTERRUPTED
+
+
+@KINDS
 def test_a_stopped_answer_is_kept_after_all_that_was_said_before(exported, monkeypatch):
     with closing(_Talk(exported.bundle, 1, max_tokens=4)) as talk:
-        first = talk.answer("a", measured=False)
+        first = talk.answer("a", at_terminal=True)
         with monkeypatch.context() as patched:
             patched.setattr(sys, "stdout", Interrupting())
-            stopped = talk.answer("b", measured=False)
+            stopped = talk.answer("b", at_terminal=True)
         said = [("user", "a"), ("assistant", first), ("user", "b"), ("assistant", stopped)]
         assert [(turn["role"], turn["content"]) for turn in talk.history] == said
         assert talk.replies == [first, stopped]
@@ -114,7 +148,9 @@ def test_ctrl_c_while_experts_are_drawn_leaves_the_conversation_as_it_was(export
         return decode(self, token)
 
     monkeypatch.setattr(Experts, "_decode", interrupted)
-    replies = chat(exported.bundle, ["add", "add"], show_experts=True, **QUICK)
+    with monkeypatch.context() as patched:
+        typed(patched, "add", "add")
+        replies = chat(exported.bundle, show_experts=True, **QUICK)
     said = capsys.readouterr()
     assert len(replies) == 2 and said.err.count("(stopped)") == 1 and said.err.count("expert 0 to 4") == 1
     assert "expert 0" not in said.out
