@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from conversion import weights as _weights
+from conversion.checkpoint import open_checkpoint
 from conversion.litert import FORMS, PREFILL
 from conversion.memory import memory
 from conversion.outputs import free
 from conversion.weights import Weights
-from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.config import ModelConfig
 from moe_jax.data import corpus
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
-from moe_jax.files import AnyPath, location
+from moe_jax.files import AnyPath
 
 _MERGES = 32_768  # entries that the embedded corpus gives to the tokenizer of random weights
 Say = Callable[[str], object]
@@ -58,17 +58,17 @@ def export(
     """
     begun, output = time.monotonic(), free(output, ".litertlm", overwrite)
     tensors = free(output.with_suffix(".safetensors"), ".safetensors", overwrite)
-    run, parameters = open_checkpoint(run_dir, step)
-    group = group_of(run, run_dir, quantize_float)
-    file, _ = matching_tokenizer(run_dir, run, tokenizer, step)
+    source = open_checkpoint(run_dir, step, tokenizer)
+    config, group = source.run.model, source.group(quantize_float)
 
     def quantise(folder: Path) -> Weights:
         say("writing INT4 codes and scales")
-        arrays = _weights.quantised(parameters, run.model, group)
-        _weights.write_safetensors(arrays, run.model, group, folder / tensors.name)
+        arrays = _weights.quantised(source.parameters, config, group)
+        _weights.write_safetensors(arrays, config, group, folder / tensors.name)
         return _weights.load_safetensors(folder / tensors.name)
 
-    result = write(quantise, run.model, file, output, context or run.data.seq_len, say=say, **options)
+    context = context or source.run.data.seq_len
+    result = write(quantise, config, source.tokenizer_file, output, context, say=say, **options)
     return result | {"safetensors": str(tensors), "seconds": time.monotonic() - begun}
 
 
@@ -182,73 +182,6 @@ class Codes(Mapping):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-class _Stack:
-    """A float32 parameter of a checkpoint, layers stacked, of which only the layers asked for are read."""
-
-    def __init__(self, path: str, name: str) -> None:
-        import tensorstore
-
-        base = path if "://" in path else f"file://{path}"
-        store = {"driver": "ocdbt", "base": f"{base}/model", "path": f"{name}/"}
-        self._array = tensorstore.open({"driver": "zarr3", "kvstore": store}, read=True).result()
-        self.shape = tuple(self._array.shape)
-
-    def __getitem__(self, layer: int) -> np.ndarray:
-        return self._array[layer].read().result()
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self._array.read().result()
-
-
-def open_checkpoint(run_dir: str | Path, step: int | None = None) -> tuple[RunConfig, dict[str, _Stack]]:
-    """Config and parameters of a run's checkpoint, verified by its checksums; a layer is read when asked for."""
-    from conversion import keymap
-    from moe_jax.train.checkpoint import Checkpoints, checkpoint_path, config_of, verify
-
-    path = checkpoint_path(run_dir, step)
-    verify(path, model_only=True)
-    run = config_of(path, Checkpoints(run_dir).metadata(step))
-    try:
-        return run, {name: _Stack(str(path), name) for name in keymap.jax_shapes(run.model)}
-    except ValueError as error:
-        raise UserError(f"checkpoint {path} lacks a parameter of its config ({error}); export another") from None
-
-
-def load(
-    run_dir: str | Path, step: int | None = None, quantize_float: bool = False
-) -> tuple[RunConfig, dict[str, np.ndarray], Weights]:
-    """Config, float32 parameters by path and INT4 weights of a run's checkpoint.
-
-    Raises UserError for a run without QAT unless `quantize_float`: its weights were not trained for the grid.
-    """
-    from moe_jax.train.checkpoint import load_parameters
-
-    run, parameters = load_parameters(run_dir, step)
-    return run, parameters, _weights.from_parameters(parameters, run.model, group_of(run, run_dir, quantize_float))
-
-
-def group_of(run: RunConfig, run_dir: str | Path, quantize_float: bool) -> int:
-    """Weights that share a scale, 32 for a run without QAT; a UserError for such a run unless `quantize_float`."""
-    if run.quant is None and not quantize_float:
-        raise UserError(
-            f"{run_dir} is a {run.stage} run without quantisation; export the folder of its QAT stage, "
-            "or pass --quantize-float to round weights that were not trained for it"
-        )
-    return run.quant.weight_group_size if run.quant else 32
-
-
-def matching_tokenizer(
-    run_dir: str | Path, run: RunConfig, path: str | Path | None = None, step: int | None = None
-) -> tuple[epath.Path, Tokenizer]:
-    """File and tokenizer at `path`, by default the run's; UserError if the checkpoint was trained with another."""
-    from moe_jax.train.checkpoint import Checkpoints
-
-    file = location(path or Path(run_dir) / "tokenizer.json")
-    found = Tokenizer.load(file)
-    found.require(run.model.vocab_size, Checkpoints(run_dir).metadata(step)["tokenizer"])
-    return file, found
 
 
 def _tokenizer(vocab_size: int) -> str:

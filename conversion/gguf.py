@@ -52,18 +52,18 @@ def export_run(
 
     Raises UserError as `conversion.export.export` and `gguf_file.write_gguf` do; an existing file stays as it was.
     """
-    from conversion import export, gguf_file, weights
+    from conversion import gguf_file, weights
+    from conversion.checkpoint import open_checkpoint
 
     output = free(output, ".gguf", overwrite)
-    run, parameters = export.open_checkpoint(run_dir, step)
-    group = export.group_of(run, run_dir, quantize_float)
-    file, _ = export.matching_tokenizer(run_dir, run, tokenizer, step)
-    gguf_file.words(run.model, file)  # refuses before minutes of work
+    source = open_checkpoint(run_dir, step, tokenizer)
+    config, group, file = source.run.model, source.group(quantize_float), source.tokenizer_file
+    gguf_file.words(config, file)  # refuses before minutes of work
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         # By way of a file, because each tensor is wanted at another time than it comes.
         codes = Path(folder) / "codes.safetensors"
-        weights.write_safetensors(weights.quantised(parameters, run.model, group), run.model, group, codes)
+        weights.write_safetensors(weights.quantised(source.parameters, config, group), config, group, codes)
         return gguf_file.write_gguf(weights.load_safetensors(codes), output, file, kind=kind)
 
 

@@ -8,7 +8,6 @@ layers alone. INT4 codes and scales move to Q4_0 unchanged; one tensor at a time
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from conversion import keymap
 from conversion.gguf_vocab import vocabulary
 from conversion.int4 import Int4, unpack_nibbles
+from conversion.outputs import replacing
 from conversion.weights import Weights
 from moe_jax.config import ModelConfig
 from moe_jax.errors import UserError
@@ -47,16 +47,10 @@ def write_gguf(
             is full; a file that was there stays as it was.
     """
     path, described = Path(path), words(weights.config, tokenizer)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing(path) as aside:
         _write(aside, weights, kind, name or path.stem, described)
-        size = aside.stat().st_size
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free the disk or name another") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    size = path.stat().st_size
     return {"file": str(path), "bytes": size, "architecture": ARCHITECTURE, "type": kind, "group": weights.group}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,14 @@ import numpy as np
 from tqdm import tqdm
 
 from conversion import hf_files, keymap
-from conversion.export import group_of, matching_tokenizer, open_checkpoint
+from conversion.checkpoint import Checkpoint, open_checkpoint
 from conversion.hf_companions import write_companions
 from conversion.hf_config import GROUP, hf_config
-from conversion.hf_files import DTYPES
 from conversion.hf_import import layout
 from conversion.hf_int4 import Loss, on_grid, parts, recovered
 from conversion.int4 import Int4
 from conversion.outputs import on_disk
-from moe_jax.config import RunConfig
+from conversion.tensor_file import BF16, DTYPES
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
 
@@ -48,12 +47,12 @@ def export_folder(
     folder, int4 = on_disk(folder).absolute(), kind == "int4-g32"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists; name another folder")
-    run, parameters = open_checkpoint(run_dir, step)
-    file, found = matching_tokenizer(run_dir, run, tokenizer, step)
-    described = hf_config(run.model, found, int4)
+    source = open_checkpoint(run_dir, step, tokenizer)
+    config, found = source.run.model, source.tokenizer
+    described = hf_config(config, found, int4)
     if int4:
-        group_of(run, run_dir, quantize_float)
-    writer = _Writer(run, parameters, int4, allow_requantization)
+        source.group(quantize_float)  # refuses a run without QAT
+    writer = _Writer(source, int4, allow_requantization)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
         aside = Path(name, folder.name)
@@ -61,7 +60,7 @@ def export_folder(
             aside.mkdir()
             writer.write(aside)
             write_json(aside / "config.json", described)
-            write_companions(aside, found, file.read_bytes(), run.model.max_position_embeddings)
+            write_companions(aside, found, source.tokenizer_file.read_bytes(), config.max_position_embeddings)
             os.replace(aside, folder)
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror or error}; free the disk") from error
@@ -72,8 +71,8 @@ def export_folder(
 class _Writer:
     """The weights, one tensor at a time."""
 
-    def __init__(self, run: RunConfig, parameters: Mapping[str, Any], int4: bool, allowed: bool) -> None:
-        self._run, self._parameters, self._int4, self._allowed = run, parameters, int4, allowed
+    def __init__(self, source: Checkpoint, int4: bool, allowed: bool) -> None:
+        self._run, self._parameters, self._int4, self._allowed = source.run, source.parameters, int4, allowed
         self._rounded, self._requantized = Loss(), Loss()
 
     def write(self, folder: Path) -> None:
@@ -97,7 +96,7 @@ class _Writer:
             elif row.jax.endswith("router/kernel"):
                 yield value
             else:
-                rounded = value.astype(DTYPES[hf_files.BF16])
+                rounded = value.astype(DTYPES[BF16])
                 self._rounded.note(tensor.name, value, rounded.astype(np.float32))
                 yield rounded
 

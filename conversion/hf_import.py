@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from conversion import keymap
 from conversion.hf_config import GROUP, read_config
-from conversion.hf_files import BF16, F16, F32, U8, Folder
+from conversion.hf_files import Folder
 from conversion.hf_int4 import Loss, masters, on_grid, parts
 from conversion.int4 import Int4, unpack_nibbles
 from conversion.outputs import on_disk
+from conversion.tensor_file import BF16, F16, F32, U8
 from moe_jax.config import DataConfig, ModelConfig, QuantConfig, RunConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError

@@ -1,7 +1,10 @@
-"""Where files may be written, told before any work is done."""
+"""Where files may be written, told before any work is done; and large ones written whole or not at all."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moe_jax.errors import UserError
@@ -23,3 +26,21 @@ def on_disk(path: str | Path) -> Path:
     if is_remote(path):
         raise UserError(f"{path} is in a bucket; name a place on a disk and copy from there")
     return Path(path).expanduser()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its place at the end; a failure leaves `path` as it was.
+
+    Raises UserError for what the disk refuses.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free the disk or choose another"
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)

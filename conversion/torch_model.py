@@ -146,12 +146,16 @@ class Composed(Ops):
         """
         logits = self.router(h, name)
         scores = torch.sigmoid(logits) if moe.score_func == "sigmoid" else logits.softmax(dim=-1)
-        ids = torch_ops.top_k(scores + bias if moe.use_expert_bias else scores, moe.num_experts_per_tok)
+        ids = self.top_k(scores + bias if moe.use_expert_bias else scores, moe.num_experts_per_tok)
         tokens = torch.arange(len(ids), dtype=torch.int32)[:, None]
         weights = torch_ops.rows(scores.reshape(-1), ids + moe.num_experts * tokens)
         if moe.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return ids, weights * moe.routed_scaling_factor
+
+    def top_k(self, scores: Tensor, k: int) -> Tensor:
+        """Indices int32 [T, k] of the largest scores [T, E], the lower first among equals."""
+        return torch_ops.top_k(scores, k)
 
 
 class Reference(Composed):

@@ -11,21 +11,20 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 
-from conversion import MASKED, heldout, keymap, readback, torch_ops
+from conversion import MASKED, heldout, keymap, readback
 from conversion.arm import machine as machines
 from conversion.arm.engine import RemoteEngine
-from conversion.export import load, matching_tokenizer
+from conversion.checkpoint import open_checkpoint
 from conversion.kernel import register
 from conversion.litert.container import intact
 from conversion.litert.engine import Engine
 from conversion.readback import Findings
 from conversion.torch_model import MobileMoE, Reference
-from conversion.weights import Weights
+from conversion.weights import Weights, from_parameters
 from moe_jax.config import ModelConfig, QuantConfig
 from moe_jax.data import chat
 from moe_jax.data.tokenizer import Tokenizer
@@ -70,8 +69,9 @@ def verify(
     from moe_jax.generate import Generator
 
     machine = machines.arm(arm) if arm else None
-    run, parameters, source = load(run_dir, step, quantize_float)
-    _, tokens_of = matching_tokenizer(run_dir, run, tokenizer, step)
+    checkpoint = open_checkpoint(run_dir, step, tokenizer)
+    run, tokens_of, parameters = checkpoint.run, checkpoint.tokenizer, checkpoint.arrays()
+    source = from_parameters(parameters, run.model, checkpoint.group(quantize_float))
     parts = readback.sections(bundle)
     say("rung 1: codes and scales of the file against the checkpoint")
     found = codes_and_scales(parts.tflite, run.model, parameters, source.group, bundle)
@@ -99,7 +99,8 @@ def verify(
     say("rung 3: PyTorch against the .tflite through XNNPACK")
     parity |= torch_tflite(source, parts.tflite, [tokens_of.bos, *pieces[0]], threads, path=bundle)
     say(f"rung 4: the engine against JAX on {len(pieces)} held-out pieces of {tokens} tokens")
-    generator = Generator(run.model, dict(parameters), run.quant or QuantConfig(source.group))
+    # Any engine rounds activations to INT8, whatever the run was trained with.
+    generator = Generator(run.model, dict(parameters), QuantConfig(source.group))
     with Engine(bundle, threads, measured=True) as engine:
         parity |= engine_jax(engine, generator, tokens_of, pieces, probes)
         if machine:
@@ -248,16 +249,17 @@ def chat_template(engine: Engine, tokenizer: Tokenizer) -> dict[str, int]:
 
 def _torch_logits(source: Weights, ids: Sequence[int], int8: bool) -> tuple[np.ndarray, np.ndarray]:
     """Logits [S, V], and [S] by how much the last expert chosen beat the next, the least over all layers."""
-    model = MobileMoE(source, Reference(source, int8_activations=int8), len(ids))
-    margins, top_k = np.full(len(ids), np.inf), torch_ops.top_k
+    margins = np.full(len(ids), np.inf)
 
-    def noted(scores: torch.Tensor, k: int) -> torch.Tensor:
-        ranked = scores.sort(descending=True).values.numpy()
-        if k < ranked.shape[1]:
-            np.minimum(margins, ranked[:, k - 1] - ranked[:, k], out=margins)
-        return top_k(scores, k)
+    class Noting(Reference):
+        def top_k(self, scores: torch.Tensor, k: int) -> torch.Tensor:
+            ranked = scores.sort(descending=True).values.numpy()
+            if k < ranked.shape[1]:
+                np.minimum(margins, ranked[:, k - 1] - ranked[:, k], out=margins)
+            return super().top_k(scores, k)
 
-    with torch.inference_mode(), mock.patch.object(torch_ops, "top_k", noted):
+    model = MobileMoE(source, Noting(source, int8_activations=int8), len(ids))
+    with torch.inference_mode():
         logits = model(torch.tensor([list(ids)], dtype=torch.int32))[0].numpy()
     return logits, margins
 

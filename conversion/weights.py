@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
@@ -17,18 +16,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from conversion import keymap
 from conversion.int4 import Int4, unpack_nibbles
+from conversion.outputs import replacing
+from conversion.tensor_file import DTYPES, make_header, read_header
 from moe_jax.config import ModelConfig
 from moe_jax.errors import UserError
 from moe_jax.ops import fake_quant
 from moe_jax.overrides import from_dict, to_dict
 
 _FORMAT = "mobilemoe-int4"
-_DTYPES = {"U8": np.dtype(np.uint8), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ROUNDED = 2**22  # weights that are rounded at once
 _AT_HAND = 6  # tensors read last that stay in memory: codes and scales of a layer's experts, and then some
 
@@ -195,54 +194,23 @@ def write_safetensors(
 ) -> None:
     """Write one safetensors file of arrays that come one at a time, in any order, with the config in its metadata.
 
-    The file is written aside, then renamed.
+    UserError for what the disk refuses; a file that was there stays as it was.
     """
-    path = Path(path)
     described = {"format": _FORMAT, "group_size": group, "config": to_dict(config)}
-    header: dict[str, Any] = {"__metadata__": {"mobilemoe": json.dumps(described, sort_keys=True)}}
-    end = 0
-    for name, (shape, dtype) in layout(config, group).items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 64)
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        with aside.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name, array in arrays:
-                file.seek(8 + len(text) + header[name]["data_offsets"][0])
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; free the disk or choose another") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    tensors = {name: (_NAMES[dtype], shape) for name, (shape, dtype) in layout(config, group).items()}
+    header, places = make_header(tensors, {"mobilemoe": json.dumps(described, sort_keys=True)}, align=64)
+    with replacing(Path(path)) as aside, aside.open("wb") as file:
+        file.write(header)
+        for name, array in arrays:
+            file.seek(places[name])
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def load_safetensors(path: str | Path) -> Weights:
     """Open a file of `write_safetensors`; a tensor missing, added or of another shape or type is a UserError."""
-    try:
-        with safe_open(path, "np") as file:  # checks the header and that all of the data is there
-            described = json.loads((file.metadata() or {}).get("mobilemoe", "{}"))
-        with Path(path).open("rb") as raw:
-            start = 8 + int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(start - 8))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no readable safetensors file ({error}); export it again") from None
-    header.pop("__metadata__", None)
-    arrays = {name: _in_file(path, start, **fields) for name, fields in header.items()}
+    entries, metadata = read_header(Path(path))
+    described = json.loads(metadata.get("mobilemoe", "{}"))
     if described.get("format") != _FORMAT:
         raise UserError(f"{path} is not of format {_FORMAT}; export it with this project")
-    config = from_dict(ModelConfig, described["config"])
-    return Weights(config, described["group_size"], arrays)
-
-
-def _in_file(path: str | Path, start: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Deferred:
-    """Read, not mapped: what was read of a mapped file counts as memory of the process."""
-
-    def read() -> np.ndarray:
-        return np.fromfile(path, kind, math.prod(shape), offset=start + data_offsets[0]).reshape(shape)
-
-    kind = _DTYPES.get(dtype, np.dtype(object))
-    return Deferred(tuple(shape), kind, read)
+    arrays = {name: Deferred(entry.shape, DTYPES[entry.dtype], entry.read) for name, entry in entries.items()}
+    return Weights(from_dict(ModelConfig, described["config"]), described["group_size"], arrays)

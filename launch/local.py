@@ -23,11 +23,11 @@ from typing import Any
 import configs
 from launch.processes import Ended, Processes, python, say
 from launch.record import environment_of_interest, job_record, write_record
-from launch.status import holder
 from moe_jax.command_line import add_command
 from moe_jax.config import RunConfig
 from moe_jax.errors import INTERRUPTED, MISTAKEN, PREEMPTED, UserError
 from moe_jax.files import is_remote, location
+from moe_jax.run_lock import holder
 from moe_jax.train.catalogue import complete_steps
 
 _SAVE_SECONDS = 900.0  # from a notice to the end: a checkpoint of the current step must fit

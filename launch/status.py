@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
-import socket
 import statistics
 import sys
 import time
@@ -23,11 +21,11 @@ from etils import epath
 from launch.record import RECORD, is_record
 from moe_jax.command_line import add_command, add_json
 from moe_jax.errors import UserError
-from moe_jax.files import is_remote, location, parts, read_lines, remote_filesystem, write_json
-from moe_jax.train.catalogue import checkpoint_path, health
+from moe_jax.files import location, parts, read_lines, write_json
+from moe_jax.run_lock import holder
+from moe_jax.train.catalogue import checkpoints_folder, complete_steps, health
 
 _TAIL = 2**18  # bytes of a log that hold its last steps
-_STALE_SECONDS = 120.0  # a sign of life older than this is none
 _WATCH_SECONDS = 5.0
 _ENDS = {"preempted": "preempted", "hung": "hung", "bad_step": "bad step", "end": "ended"}
 _FIRST, _SAME = "first", "same process"
@@ -144,25 +142,6 @@ def _sum(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
     return {kind: one.get(kind, 0.0) + other.get(kind, 0.0) for kind in one | other}
 
 
-def holder(folder: epath.Path) -> str:
-    """Who trains in the folder now, as its lock tells; empty if nobody does. The lock itself is left alone."""
-    lock = folder / ".lock"
-    try:
-        if is_remote(folder):
-            updated = remote_filesystem().info(str(lock))["mtime"].timestamp()
-            return json.loads(lock.read_text())["holder"] if time.time() - updated < _STALE_SECONDS else ""
-        text = lock.read_text()
-    except (FileNotFoundError, ValueError):  # a run copied into a bucket brings a lock that is no lease
-        return ""
-    match = re.fullmatch(r"process (\d+) on (\S+)\s*", text)
-    if match is None:
-        return ""
-    if match[2] != socket.gethostname():  # a disk that several machines share
-        age = time.time() - max(Path(path).stat().st_mtime for path in (lock, *Path(folder).glob("*.jsonl*")))
-        return text.strip() if age < _STALE_SECONDS else ""
-    return text.strip() if any(path == os.path.realpath(lock) for path in _open_files(int(match[1]))) else ""
-
-
 def last_steps(folder: epath.Path | Path) -> list[dict[str, Any]]:
     """The last whole step lines of a run: some hundred, all of a short one.
 
@@ -185,18 +164,6 @@ def last_steps(folder: epath.Path | Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines[1 if begin else 0 :]]
     except ValueError:
         return read_lines(path)  # from its start, and so it knows the number of the line
-
-
-def _open_files(process: int) -> Iterator[str]:
-    try:
-        names = os.listdir(f"/proc/{process}/fd")
-    except OSError:
-        return
-    for name in names:
-        try:
-            yield os.readlink(f"/proc/{process}/fd/{name}")
-        except OSError:
-            continue
 
 
 def _json(path: epath.Path) -> dict[str, Any]:
@@ -228,15 +195,15 @@ def _verify(folder: epath.Path, checkpoints: list[dict[str, Any]]) -> None:
     """Read every complete checkpoint against its checksums and note what is wrong."""
     from moe_jax.train.checkpoint import verify
 
-    for found in checkpoints:
-        if found["state"] != "complete":
-            continue
-        path = checkpoint_path(folder, found["step"])
+    for found in [entry for entry in checkpoints if entry["state"] == "complete"]:
+        path = checkpoints_folder(folder) / str(found["step"])
         print(f"reading {path} ({_bytes(found['bytes'])})", file=sys.stderr, flush=True)
         try:
             verify(path)
             found["reason"] = "checksums are right"
         except UserError as error:
+            if found["step"] not in complete_steps(folder):  # the run goes on and kept it no longer
+                checkpoints.remove(found)
             found |= {"state": "damaged", "reason": str(error)}
 
 

@@ -24,7 +24,8 @@ from moe_jax.files import AnyPath, is_remote, location, remote_filesystem
 
 BEAT_SECONDS = 20.0
 _BEATS_TO_STALE = 6
-_NAME = ".lock"
+_STALE_SECONDS = _BEATS_TO_STALE * BEAT_SECONDS  # a sign of life older than this is none
+_NAME, _HOLDER = ".lock", "process {} on {}"
 _OBJECT = "b/{}/o/{}"
 
 
@@ -41,6 +42,37 @@ def exclusive(run_dir: AnyPath) -> Iterator[Callable[[], None]]:
         yield check
 
 
+def holder(run_dir: AnyPath) -> str:
+    """Who trains in the folder now, as its lock tells; empty if nobody does. The lock itself is left alone."""
+    folder = location(run_dir)
+    lock = folder / _NAME
+    try:
+        if is_remote(folder):
+            updated = remote_filesystem().info(str(lock))["mtime"].timestamp()
+            return json.loads(lock.read_text())["holder"] if time.time() - updated < _STALE_SECONDS else ""
+        text = lock.read_text().strip()
+    except (FileNotFoundError, ValueError):  # a run copied into a bucket brings a lock that is no lease
+        return ""
+    if (match := re.fullmatch(_HOLDER.format(r"(\d+)", r"(\S+)"), text)) is None:
+        return ""
+    if match[2] != socket.gethostname():  # a disk that several machines share
+        age = time.time() - max(Path(path).stat().st_mtime for path in (lock, *Path(folder).glob("*.jsonl*")))
+        return text if age < _STALE_SECONDS else ""
+    return text if any(path == os.path.realpath(lock) for path in _open_files(int(match[1]))) else ""
+
+
+def _open_files(process: int) -> Iterator[str]:
+    try:
+        names = os.listdir(f"/proc/{process}/fd")
+    except OSError:
+        return
+    for name in names:
+        try:
+            yield os.readlink(f"/proc/{process}/fd/{name}")
+        except OSError:
+            continue
+
+
 def require_plain(run_dir: AnyPath) -> None:
     """UserError for a path that Orbax, which looks for its files by patterns, would find nothing in."""
     whole = str(location(run_dir)) if is_remote(run_dir) else os.path.abspath(location(run_dir))
@@ -51,7 +83,7 @@ def require_plain(run_dir: AnyPath) -> None:
 
 
 def _myself() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
+    return _HOLDER.format(os.getpid(), socket.gethostname())
 
 
 def _in_use(run_dir: object, holder: str) -> UserError:

@@ -7,7 +7,6 @@ the epoch, and stop tokens are sorted.
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,51 +15,38 @@ from unittest import mock
 from litert_lm_builder import litertlm_builder as builder
 from litert_lm_builder.runtime.proto import llm_metadata_pb2 as _pb2
 
+from conversion.outputs import replacing
 from moe_jax.data import chat
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.errors import UserError
 from moe_jax.files import AnyPath, location
 
 pb2: Any = _pb2  # its classes are made at run time
 
 
-def write_bundle(
-    tflite: str | Path, tokenizer: AnyPath, path: str | Path, context: int, *, overwrite: bool = False
-) -> None:
+def write_bundle(tflite: str | Path, tokenizer: AnyPath, path: str | Path, context: int) -> None:
     """Pack `tflite` and the Hugging Face `tokenizer` (tokenizer.json) into the bundle `path`.
 
-    `context` is the most tokens of prompt and answer together. The file is written aside and then renamed; an
-    existing one is a UserError unless `overwrite`.
+    `context` is the most tokens of prompt and answer together. UserError for what the disk refuses; a file that was
+    there stays as it was.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists; choose another output or pass --overwrite")
-    tokens = Tokenizer.load(tokenizer)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            vocabulary = Path(folder, "tokenizer.json")  # the builder wants a file of a disk with this ending
-            vocabulary.write_bytes(location(tokenizer).read_bytes())
-            if tokens.cuts:  # an engine would do as the file says, as training did not
-                tokens.save(vocabulary)
-            metadata = Path(folder, "metadata.pb")
-            metadata.write_bytes(llm_metadata(tokens, context).SerializeToString(deterministic=True))
-            bundle = builder.LitertLmFileBuilder()
-            bundle.add_llm_metadata(str(metadata))
-            bundle.add_hf_tokenizer(str(vocabulary))
-            bundle.add_tflite_model(str(tflite), builder.TfLiteModelType.PREFILL_DECODE)
-            stamp = _stamp(metadata, vocabulary, Path(tflite))
-            with (
-                aside.open("wb") as file,
-                mock.patch.object(builder, "populate_system_metadata", lambda given: [*given, *stamp]),
-            ):
-                bundle.build(file, validate_metadata=True)
-        aside.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write {path}: {reason}; free the disk or choose another") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    path, tokens = Path(path), Tokenizer.load(tokenizer)
+    with replacing(path) as aside, tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        vocabulary = Path(folder, "tokenizer.json")  # the builder wants a file of a disk with this ending
+        vocabulary.write_bytes(location(tokenizer).read_bytes())
+        if tokens.cuts:  # an engine would do as the file says, as training did not
+            tokens.save(vocabulary)
+        metadata = Path(folder, "metadata.pb")
+        metadata.write_bytes(llm_metadata(tokens, context).SerializeToString(deterministic=True))
+        bundle = builder.LitertLmFileBuilder()
+        bundle.add_llm_metadata(str(metadata))
+        bundle.add_hf_tokenizer(str(vocabulary))
+        bundle.add_tflite_model(str(tflite), builder.TfLiteModelType.PREFILL_DECODE)
+        stamp = _stamp(metadata, vocabulary, Path(tflite))
+        with (
+            aside.open("wb") as file,
+            mock.patch.object(builder, "populate_system_metadata", lambda given: [*given, *stamp]),
+        ):
+            bundle.build(file, validate_metadata=True)
 
 
 def llm_metadata(tokenizer: Tokenizer, context: int) -> Any:

@@ -28,6 +28,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from conversion.int4 import Int4
+from conversion.outputs import replacing
 
 _ALIGN = 64  # bytes between the starts of buffers that lie behind the root
 _OFFSET_FIELD = 6  # where a buffer's vtable says where its offset is
@@ -95,7 +96,7 @@ class Model:
         return cls(t)
 
     def write(self, path: str | os.PathLike[str], *, behind_root: bool | None = None) -> None:
-        """Write aside, then rename; a failure leaves `path` as it was.
+        """UserError for what the disk refuses; a file that was there stays as it was.
 
         `behind_root` puts buffers after the flatbuffer, where its limit of 2 GiB does not hold.
         """
@@ -104,17 +105,11 @@ class Model:
         ]
         if behind_root is None:
             behind_root = sum(sizes) > _INLINE_LIMIT or any(isinstance(b, _Later) for b in self.t.buffers)
-        aside = Path(f"{path}.partial")
-        try:
-            with aside.open("wb") as f:
-                if behind_root:
-                    self._write_behind_root(f, sizes)
-                else:
-                    f.write(self._pack(sum(sizes)))
-            aside.replace(path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        with replacing(Path(path)) as aside, aside.open("wb") as f:
+            if behind_root:
+                self._write_behind_root(f, sizes)
+            else:
+                f.write(self._pack(sum(sizes)))
 
     def _write_behind_root(self, f: Any, sizes: list[int]) -> None:
         contents = [b.data for b in self.t.buffers]

@@ -98,6 +98,15 @@ def remove(path: epath.Path) -> None:
     path.rmtree()
 
 
+def require_present(path: epath.Path) -> None:
+    """Raise a UserError if a checkpoint was removed while it was read: what is missing reads as zeros."""
+    if not (path / FILE).exists():
+        raise UserError(
+            f"checkpoint {path} was removed while it was read, as a run that trains does with older ones; "
+            "run the same command again"
+        )
+
+
 def set_aside(path: epath.Path) -> str:
     """Rename a damaged checkpoint, so that it no longer counts; its new path."""
     return str(path.rename(path.with_name(f"{path.name}{SET_ASIDE}{time.time_ns()}")))

@@ -51,8 +51,8 @@ from moe_jax.train.stored import (
 )
 
 __all__ = [
-    "Checkpoints", "checkpoint_path", "complete_steps", "config_of", "final_step", "health", "load_parameters",
-    "restore_model", "verify",
+    "Checkpoints", "checkpoint_path", "complete_steps", "config_of", "describe", "final_step", "health",
+    "load_parameters", "restore_model", "verify",
 ]  # fmt: skip
 
 _CHUNK = 64 * 2**20  # bytes that another mesh has to read for any part of them; less would stay in malloc's heaps

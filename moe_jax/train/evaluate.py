@@ -13,7 +13,7 @@ from moe_jax.files import AnyPath, location
 from moe_jax.overrides import apply
 from moe_jax.parallel.batches import put_batch
 from moe_jax.parallel.mesh import single_device_mesh
-from moe_jax.train.checkpoint import Checkpoints, checkpoint_path, config_of, restore_model
+from moe_jax.train.checkpoint import checkpoint_path, config_of, describe, restore_model
 from moe_jax.train.state import abstract_state
 from moe_jax.train.step import make_eval_step
 
@@ -28,14 +28,14 @@ def evaluate(run_dir: AnyPath, overrides: list[str] | None = None) -> dict[str, 
     a readable checkpoint or without held-out data.
     """
     path = checkpoint_path(run_dir, None)
-    stored = Checkpoints(run_dir).metadata()
+    stored, _ = describe(path)
     cfg = apply(config_of(path, stored), overrides or [])
     cfg = replace(cfg, model=cfg.model.dropless())
     tokenizer = Tokenizer.load(location(run_dir) / "tokenizer.json")
     tokenizer.require(cfg.model.vocab_size, stored["tokenizer"])
     sources = list(zip(cfg.data.heldout, heldout_rows(cfg.data, tokenizer), strict=True))
     mesh = single_device_mesh()
-    params, biases = restore_model(run_dir, abstract_state(cfg, mesh))
+    params, biases = restore_model(run_dir, abstract_state(cfg, mesh), int(path.name))
     step = make_eval_step(cfg, mesh)
     nats, tokens, size = {"text": 0.0, "chat": 0.0}, 0, max(1, _TOKENS // cfg.data.seq_len)
     with tqdm(total=sum(len(rows) for _, rows in sources), desc="held-out", unit="row", disable=None) as bar:

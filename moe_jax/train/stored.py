@@ -23,7 +23,7 @@ from moe_jax.errors import UserError
 from moe_jax.files import AnyPath, location
 from moe_jax.overrides import from_dict
 from moe_jax.train.agreement import together
-from moe_jax.train.catalogue import checkpoint_path, damaged_sentence
+from moe_jax.train.catalogue import checkpoint_path, damaged_sentence, require_present
 from moe_jax.train.checksums import Damaged, read_record, share, wrong_content
 
 FORMAT = "moe_jax 1"
@@ -80,6 +80,8 @@ def find_damage(
             record = read_record(path)
         except Damaged as damage:
             return str(damage)
+        except FileNotFoundError:
+            return "its record is missing"
         sizes = {k: n for k, (n, _) in record.files.items() if not (model_only and _OPTIMIZER_ARRAYS.match(k))}
         names = share(sizes, jax.process_index(), jax.process_count())
         done, total = 0, sum(sizes[name] for name in names)
@@ -96,7 +98,9 @@ def find_damage(
 
 def verify(path: AnyPath, model_only: bool = False, progress: Callable[[int, int], None] | None = None) -> None:
     """Read a complete checkpoint against its checksums, as `find_damage` does; UserError naming a wrong file."""
-    if reason := find_damage(location(path), model_only, progress):
+    reason = find_damage(location(path), model_only, progress)
+    require_present(location(path))
+    if reason:
         raise UserError(damaged_sentence(location(path), reason))
 
 
@@ -122,6 +126,7 @@ def describe(path: epath.Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]
         described = ocp.checkpointables_metadata(str(path))
         metadata, trees = described.custom_metadata, described.metadata
     except Exception as error:
+        require_present(path)
         raise _unreadable(path, reason_of(error)) from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of this trainer or is damaged; name another folder")
@@ -185,9 +190,12 @@ def _load(path: epath.Path, wanted: dict[str, Any], read_at_once: int | None = N
     context.memory.read_concurrent_bytes = read_at_once
     try:
         with context:
-            return ocp.load_checkpointables(str(path), wanted)
+            loaded = ocp.load_checkpointables(str(path), wanted)
     except Exception as error:
+        require_present(path)
         raise _unreadable(path, reason_of(error)) from error
+    require_present(path)
+    return loaded
 
 
 def _unreadable(path: epath.Path, reason: str) -> UserError:

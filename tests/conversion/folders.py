@@ -10,10 +10,12 @@ import ml_dtypes
 import numpy as np
 
 from conversion import hf_files, keymap, weights
+from conversion.checkpoint import open_checkpoint
 from conversion.hf_companions import write_companions
 from conversion.hf_config import hf_config
 from conversion.hf_import import layout
 from conversion.hf_int4 import masters
+from conversion.tensor_file import F16, F32, U8
 from moe_jax.config import DataConfig, ModelConfig, MoEConfig, QuantConfig, RopeConfig, RunConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.files import write_json
@@ -109,6 +111,13 @@ def write_run(
     return folder
 
 
+def read_run(folder: Path) -> tuple[RunConfig, dict[str, np.ndarray], weights.Weights]:
+    """Config, float32 parameters by path and INT4 weights of a run's last checkpoint."""
+    source = open_checkpoint(folder)
+    parameters = source.arrays()
+    return source.run, parameters, weights.from_parameters(parameters, source.run.model, source.group())
+
+
 def flip_largest(run_dir: Path) -> None:
     """Damage the one checkpoint of a run: one bit in the middle of its largest file."""
     file = max((run_dir / "checkpoints").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
@@ -139,17 +148,17 @@ def write_published(folder: Path, config: ModelConfig, int4: bool, seed: int = 0
 
     def arrays():
         for name, (kind, shape) in described.items():
-            if kind == hf_files.U8:
+            if kind == U8:
                 codes = rng.integers(0, 256, shape, np.uint8)
                 if full:  # a code of 7 in each group of 32
                     codes.reshape(-1, 16)[:, 5] = codes.reshape(-1, 16)[:, 5] & 0xF0 | 7
                 yield codes
-            elif kind == hf_files.F16:
+            elif kind == F16:
                 yield (rng.uniform(0.5, 1.5, shape) * (0.02 if "embed" in name else 0.04)).astype(np.float16)
             else:
                 spread = 0.1 if "embed" in name or "bias" in name else shape[-1] ** -0.5
                 values = rng.standard_normal(shape, np.float32) * np.float32(spread) + ("norm" in name)
-                yield values.astype(np.float32 if kind == hf_files.F32 else ml_dtypes.bfloat16)
+                yield values.astype(np.float32 if kind == F32 else ml_dtypes.bfloat16)
 
     hf_files.write(folder, described, arrays())
     return folder

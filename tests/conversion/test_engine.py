@@ -129,16 +129,6 @@ def test_a_tokenizer_file_that_cuts_texts_cuts_none_in_the_engine(exported, tmp_
         assert engine.tokenize(TEXT) == exported.tokenizer.encode(TEXT)
 
 
-def test_an_existing_bundle_is_kept_unless_overwriting_is_asked_for(exported, tmp_path):
-    out, tokenizer = tmp_path / "m.litertlm", exported.bundle.with_name("tokenizer.json")
-    out.write_text("mine")
-    with pytest.raises(UserError, match="exists"):
-        bundle.write_bundle(exported.tflite, tokenizer, out, CONTEXT)
-    assert out.read_text() == "mine"
-    bundle.write_bundle(exported.tflite, tokenizer, out, CONTEXT, overwrite=True)
-    assert out.read_bytes() == exported.bundle.read_bytes()
-
-
 def test_a_full_disk_is_told_before_the_engine_aborts_on_it(exported, tmp_path, monkeypatch):
     with Engine(exported.bundle, threads=1, cache_dir=tmp_path / "kept"):
         pass

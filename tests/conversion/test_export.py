@@ -23,6 +23,7 @@ from moe_jax.data import chat
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import location
+from moe_jax.train.catalogue import checkpoint_path, remove
 from tests.conversion.conftest import DENSE, MOE, write_run
 from tests.conversion.folders import flip_largest
 
@@ -50,6 +51,19 @@ def made(run, tmp_path_factory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("exported") / "made" / "m.litertlm"
     report = export(run, output, step=1, prefill=(4,), say=said.append)
     return report | {"said": said, "folder": output.parent}
+
+
+def test_a_checkpoint_that_goes_while_it_is_exported_makes_no_bundle_of_zeros(tokenizer, tmp_path):
+    (tmp_path / "run").mkdir()
+    folder = write_run(tmp_path / "run", SMALL, tokenizer, steps=2)
+
+    def train_on(line: str) -> None:
+        if "codes and scales" in line:
+            remove(checkpoint_path(folder, 2))
+
+    with pytest.raises(UserError, match=r"checkpoints/2 was removed while it was read, .* run the same command"):
+        export(folder, tmp_path / "out/m.litertlm", say=train_on)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_checkpoint_becomes_a_bundle_and_a_safetensors_file_beside_it(run, made):

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conversion import keymap
 from conversion.__main__ import main
 from conversion.hf_export import export_folder
-from conversion.hf_files import DTYPES, Folder
+from conversion.hf_files import Folder
 from conversion.hf_import import import_folder
 from conversion.hf_int4 import on_grid
 from conversion.int4 import Int4, unpack_nibbles
+from conversion.tensor_file import DTYPES
 from moe_jax.config import DataConfig, OptimizerConfig, QuantConfig, RunConfig, SourceConfig
 from moe_jax.errors import UserError
 from moe_jax.generate import Generator

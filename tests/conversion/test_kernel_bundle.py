@@ -10,13 +10,13 @@ from ai_edge_litert import schema_py_generated as tflite
 
 from conversion import bench, bench_profile, readback, roofline, verify
 from conversion.__main__ import main
-from conversion.export import export, load
+from conversion.export import export
 from conversion.kernel import NAMES, build, register
 from conversion.litert import bank, container
 from conversion.litert.engine import Engine
 from tests.conversion import ties
 from tests.conversion.conftest import CONTEXT, PREFILL, answer
-from tests.conversion.folders import share_buffer
+from tests.conversion.folders import read_run, share_buffer
 from tests.conversion.test_engine import CLOSE
 
 pytestmark = [
@@ -37,7 +37,7 @@ def kernel_bundle(run_dir, tmp_path_factory) -> Path:
 
 
 def rung_1(run_dir: Path, path: Path) -> readback.Findings:
-    run, parameters, source = load(run_dir)
+    run, parameters, source = read_run(run_dir)
     return verify.codes_and_scales(container.tflite(path), run.model, parameters, source.group)
 
 
@@ -66,7 +66,7 @@ def test_a_stock_bundle_runs_as_before_once_the_kernel_is_there(exported, kernel
 def test_the_parity_ladder_holds(run_dir, kernel_bundle):
     result = verify.verify(run_dir, kernel_bundle, texts=2, tokens=20, probes=6, threads=1)
     assert [s for s in result["failed"] if "top1" not in s] == []  # random logits tie; see test_verify
-    source = load(run_dir)[2]
+    source = read_run(run_dir)[2]
     sizes = [source.int4(name) for name in source.int4_names()]
     assert result["export"]["codes_checked"] == sum(weight.codes.size for weight in sizes)
     assert result["export"]["scales_checked"] == sum(weight.scales.size for weight in sizes)
@@ -108,7 +108,7 @@ def test_a_second_copy_of_a_weight_is_compared_too(run_dir, exported, kernel_bun
     name, other = (f"model.layers.{layer}.{part}" for layer in (0, 1))
     assert len(found[name]) > 1  # of decode and of prefill
     share_buffer(raw, found[name][-1], found[other][0])
-    run, parameters, source = load(run_dir)
+    run, parameters, source = read_run(run_dir)
     reports = verify.codes_and_scales(memoryview(raw), run.model, parameters, source.group).reports
     assert reports and all(report.startswith(name) and report.endswith("differ") for report in reports)
 

@@ -12,21 +12,20 @@ import pytest
 from ai_edge_litert import schema_py_generated as tflite
 
 from conversion import heldout, readback, verify, weights
-from conversion.export import load
 from conversion.litert import bundle, container
 from conversion.weights import Weights
-from moe_jax.config import SourceConfig
+from moe_jax.config import QuantConfig, SourceConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.generate import Generator
 from tests.conversion.conftest import CONTEXT, MOE, write_run
-from tests.conversion.folders import share_buffer
+from tests.conversion.folders import read_run, share_buffer
 
 KINDS = pytest.mark.parametrize("exported", ["moe"], indirect=True)
 
 
 def rung_1(run_dir: Path, path: Path) -> readback.Findings:
-    run, parameters, source = load(run_dir)
+    run, parameters, source = read_run(run_dir)
     return verify.codes_and_scales(readback.sections(path).tflite, run.model, parameters, source.group)
 
 
@@ -141,6 +140,15 @@ def test_the_whole_ladder_holds_for_a_random_model(run_dir, exported):
 
 
 @KINDS
+def test_the_engine_is_held_to_int8_activations_whatever_the_run_trained_with(run_dir, exported, tmp_path):
+    quant = QuantConfig(quantize_activations=False)
+    runs = run_dir, write_run(tmp_path, MOE, exported.tokenizer, quant)
+    options = {"texts": 1, "tokens": 8, "probes": 1, "threads": 1}
+    one, two = (verify.verify(run, exported.bundle, **options)["parity"] for run in runs)
+    assert one["jax_nll_nats"] == two["jax_nll_nats"]
+
+
+@KINDS
 def test_figures_out_of_bounds_are_named(exported):
     good = {name: least for name, (least, _) in verify.BOUNDS.items()}
     assert verify.broken(good) == []
@@ -150,7 +158,7 @@ def test_figures_out_of_bounds_are_named(exported):
 
 @KINDS
 def test_weights_that_compute_something_else_fail_the_rungs_between(run_dir, exported):
-    _, parameters, _ = load(run_dir)
+    _, parameters, _ = read_run(run_dir)
     other, ids = weights.random(MOE, seed=9), list(range(6, 31))  # as many as above: compiled once
     assert verify.jax_torch(parameters, other, ids)["jax_torch_max_abs"] > 1e-2
     model = readback.sections(exported.bundle).tflite
@@ -241,7 +249,7 @@ def test_no_agreement_is_told_where_no_token_could_be_asked_for(run_dir, exporte
         def token_text(self, token):
             return "\ufffd"
 
-    run, parameters, _ = load(run_dir)
+    run, parameters, _ = read_run(run_dir)
     generator = Generator(run.model, parameters, run.quant)
     ids = exported.tokenizer.encode("def add(first")
     parity = verify.engine_jax(cast(Any, Halves()), generator, exported.tokenizer, [ids], 4)

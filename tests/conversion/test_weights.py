@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from conversion import weights
@@ -61,7 +62,7 @@ def test_a_damaged_file_is_refused_by_the_name_that_is_wrong(damage, tmp_path):
     path, name = tmp_path / "model.safetensors", "model.embed_tokens.qweight"
     save(weights.random(DENSE), path)
     arrays = load_file(path)
-    with weights.safe_open(path, "np") as file:
+    with safe_open(path, "np") as file:
         metadata = file.metadata()
     if damage == "missing":
         del arrays[name]
@@ -69,7 +70,7 @@ def test_a_damaged_file_is_refused_by_the_name_that_is_wrong(damage, tmp_path):
         name = "model.layers.9.self_attn.q_proj.qweight"
         arrays[name] = np.zeros((2, 2), np.uint8)
     else:
-        arrays[name] = arrays[name][:-1] if damage == "shape" else arrays[name].astype(np.int16)
+        arrays[name] = arrays[name][:-1] if damage == "shape" else arrays[name].astype(np.float16)
     save_file(arrays, path, metadata)
     with pytest.raises(UserError, match=name):
         weights.load_safetensors(path)
@@ -77,7 +78,7 @@ def test_a_damaged_file_is_refused_by_the_name_that_is_wrong(damage, tmp_path):
 
 def test_what_is_no_safetensors_file_is_refused_in_words(tmp_path):
     (tmp_path / "x").write_bytes(b"not a model")
-    with pytest.raises(UserError, match="no readable safetensors"):
+    with pytest.raises(UserError, match=r"the header of .*x is damaged \(it is longer than the file\)"):
         weights.load_safetensors(tmp_path / "x")
     save_file({"a": np.zeros(2, np.float32)}, tmp_path / "y")
     with pytest.raises(UserError, match="not of format"):

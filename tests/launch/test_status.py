@@ -13,9 +13,11 @@ import pytest
 
 from launch.__main__ import main
 from launch.record import write_record
-from launch.status import history, holder, last_steps, render, run_status
+from launch.status import history, last_steps, render, run_status
 from moe_jax.files import location
-from moe_jax.run_lock import exclusive
+from moe_jax.run_lock import exclusive, holder
+from moe_jax.train import checkpoint
+from moe_jax.train.catalogue import remove
 
 
 def event(name: str, time: float, **fields) -> dict:
@@ -56,6 +58,20 @@ def test_a_finished_run_is_shown_with_its_checkpoints(finished, tmp_path, capsys
     assert [c["step"] for c in stage["checkpoints"]] == [8, 12] and stage["checkpoints"][1]["final"]
     assert stage["goodput"].keys() >= {"step", "save", "compile"} and stage["loss"] > 0
     assert "12/12" in shown and shown.count("checksums are right") == 2 and "nobody trains here" in shown
+
+
+def test_a_checkpoint_that_the_run_keeps_no_longer_is_left_out(finished, tmp_path, monkeypatch):
+    run = shutil.copytree(finished, tmp_path / "run")
+    verify = checkpoint.verify
+
+    def kept_no_longer(path):
+        if path.name == "8":
+            remove(path)
+        verify(path)
+
+    monkeypatch.setattr(checkpoint, "verify", kept_no_longer)
+    (stage,) = run_status(str(run), verify=True)["stages"]
+    assert [(c["step"], c["state"]) for c in stage["checkpoints"]] == [(12, "complete")]
 
 
 def test_a_flipped_byte_is_seen_by_verify_and_a_short_file_without_it(finished, tmp_path, capsys):

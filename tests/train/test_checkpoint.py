@@ -20,7 +20,8 @@ from moe_jax.files import location
 from moe_jax.model.describe import describe
 from moe_jax.overrides import to_dict
 from moe_jax.parallel.mesh import single_device_mesh
-from moe_jax.train import checkpoint
+from moe_jax.train import checkpoint, stored
+from moe_jax.train.catalogue import remove
 from moe_jax.train.checkpoint import Checkpoints, complete_steps, final_step, health, load_parameters
 from moe_jax.train.checksums import Record, digest, file_sizes, write_record
 from moe_jax.train.state import abstract_state, init_state
@@ -127,6 +128,20 @@ def test_parameters_are_read_from_a_checkpoint_whose_moments_are_damaged(run, fi
     flip(largest(run / "checkpoints/12/optimizer"))
     theirs = load_parameters(finished)[1]
     assert all((leaf == theirs[name]).all() for name, leaf in load_parameters(run)[1].items())
+
+
+@pytest.mark.parametrize("gone", ["all", "record"])
+def test_a_checkpoint_that_goes_while_it_is_read_is_told(run, monkeypatch, gone):
+    described = stored.describe
+
+    def retained_no_longer(path):
+        found = described(path)
+        remove(path) if gone == "all" else (path / "checksums.json").unlink()
+        return found
+
+    monkeypatch.setattr(stored, "describe", retained_no_longer)
+    with pytest.raises(UserError, match="was removed while it was read"):
+        load_parameters(run)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -267,7 +282,7 @@ def test_a_save_that_cannot_start_names_path_and_mend(tiny, state, tmp_path):
 
 
 def test_stored_json_holds_config_data_and_tokenizer(tiny, finished):
-    stored = Checkpoints(finished).metadata()
-    assert {"format", "config", "data", "tokenizer"} <= set(stored)
-    assert stored["config"] == json.loads((finished / "config.json").read_text())
-    assert stored["data"]["position"] == {"next_index": 12}
+    metadata = Checkpoints(finished).metadata()
+    assert {"format", "config", "data", "tokenizer"} <= set(metadata)
+    assert metadata["config"] == json.loads((finished / "config.json").read_text())
+    assert metadata["data"]["position"] == {"next_index": 12}
