@@ -6,7 +6,7 @@ Times are from (x, ids, weights) to y, each form at its better number of threads
 
     dense     one feed-forward of width K*F; its weights stay in the processor's cache
     streamed  the same, but E/K of them in turn, so that weights come from where sparse ones come from
-    sparse    the routed experts: `experts.expand`, or with `experts="kernel"` the custom op for them (in a file's
+    sparse    the routed experts: `routed.expand`, or with `experts="kernel"` the custom op for them (in a file's
               decode they are in one op with norm, router and shared expert, which take time of their own)
     all       every expert on every token (`DenseExperts`); left out for long inputs, where it takes too long
 """
@@ -31,8 +31,10 @@ from conversion.int4 import Int4
 from conversion.litert import bank as banks
 from conversion.litert import kernel_op
 from conversion.litert.dense import DenseExperts
-from conversion.litert.experts import Experts, expand, feed_forward, tiling
+from conversion.litert.experts import Experts, feed_forward
 from conversion.litert.flatbuffer import Model
+from conversion.litert.prefill import tiling
+from conversion.litert.routed import expand
 from moe_jax.errors import UserError
 
 TOKENS = (1, 128, 1024)

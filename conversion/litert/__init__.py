@@ -1,7 +1,8 @@
 """Files for the stock LiteRT runtime.
 
-`flatbuffer.py` reads, edits and writes `.tflite` files; `experts.py` and `attention.py` write a sparse mixture of
-INT4 experts and attention over a cache with builtin ops only, `kernel_op.py` the ops of `conversion.kernel`;
+`flatbuffer.py` reads, edits and writes `.tflite` files; `routed.py` (on `experts.py` and `prefill.py`) and
+`attention.py` write a sparse mixture of INT4 experts and attention over a cache with builtin ops only,
+`kernel_op.py` the ops of `conversion.kernel`;
 `forms.py` says which of them a file is made of. The modules beside them lower the model and wrap it for LiteRT-LM.
 """
 

@@ -14,8 +14,9 @@ from conversion.litert import bank, kernel_op, markers
 from conversion.litert.attention import Attention
 from conversion.litert.content import Content, Names
 from conversion.litert.dense import DenseExperts
-from conversion.litert.experts import Experts, expand, gated
+from conversion.litert.experts import Experts, gated
 from conversion.litert.flatbuffer import Graph
+from conversion.litert.routed import expand
 from conversion.torch_model import swiglu
 from moe_jax.config import MoEConfig
 

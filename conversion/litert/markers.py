@@ -7,7 +7,7 @@ converter runs; `conversion.litert.lower` puts the real ops and the exact intege
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -88,126 +88,60 @@ class KernelMarkers(Markers):
         return torch.ops.moe_jax.mixture(x, norm, bias, f"model.layers.{layer}.feed_forward")
 
 
-@torch.library.custom_op("moe_jax::linear", mutates_args=())
-def _linear(x: Tensor, names: str, out: int) -> Tensor:
-    raise NotImplementedError("a marker is exported, never run")
+def _define(code: str, signature: str, fake: Callable[..., Any]) -> None:
+    """Make a function of torch that can be exported and not run: `fake` gives the shapes of its results.
+
+    Lowered, it is a custom op `code` on its tensors, with the names of weights, joined by + here, in its options.
+    """
+    torch.library.define(code.replace(".", "::"), signature)
+    torch.library.register_fake(code.replace(".", "::"), fake)
+
+    def lower(lctx: Any, *given: Any) -> Any:
+        (names,) = (value.split("+") for value in given if isinstance(value, str))
+        lists = (value if isinstance(value, list | tuple) else [value] for value in given)
+        operands = [value for values in lists for value in values if not isinstance(value, str | int)]
+        payload = json.dumps({"names": names}).encode()
+        results = ir.Operation.create(
+            "tfl.custom",
+            results=lowering_utils.node_meta_to_ir_types(lctx.node),
+            operands=operands,
+            attributes={
+                "custom_code": ir.StringAttr.get(code),
+                "custom_option": ir.Attribute.parse(f'#tfl<const_bytes: "0x{payload.hex()}">'),
+            },
+        ).results
+        return results if len(results) > 1 else results[0]
+
+    lowerings.lower(getattr(torch.ops.moe_jax, code.removeprefix("moe_jax.")))(lower)
 
 
-@_linear.register_fake
-def _(x: Tensor, names: str, out: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out))
-
-
-@torch.library.custom_op("moe_jax::feed_forward", mutates_args=())
-def _feed_forward(x: Tensor, names: str) -> Tensor:
-    raise NotImplementedError("a marker is exported, never run")
-
-
-@_feed_forward.register_fake
-def _(x: Tensor, names: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("moe_jax::embedding", mutates_args=())
-def _embedding(tokens: Tensor, name: str, width: int) -> Tensor:
-    raise NotImplementedError("a marker is exported, never run")
-
-
-@_embedding.register_fake
-def _(tokens: Tensor, name: str, width: int) -> Tensor:
-    return tokens.new_empty((*tokens.shape, width), dtype=torch.float32)
-
-
-@torch.library.custom_op("moe_jax::experts", mutates_args=())
-def _experts(h: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
-    raise NotImplementedError("a marker is exported, never run")
-
-
-@_experts.register_fake
-def _(h: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
-    return torch.empty_like(h)
-
-
-@torch.library.custom_op("moe_jax::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, name: str) -> Tensor:
-    raise NotImplementedError("a marker is exported, never run")
-
-
-@_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, name: str) -> Tensor:
-    return torch.empty_like(q)
-
-
-@torch.library.custom_op("moe_jax::self_attention", mutates_args=())
-def _self_attention(x: Tensor, norm: Tensor, given: list[Tensor], names: str) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError("a marker is exported, never run")
-
-
-@_self_attention.register_fake
-def _(x: Tensor, norm: Tensor, given: list[Tensor], names: str) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(given[3]), torch.empty_like(given[4])
-
-
-@torch.library.custom_op("moe_jax::mixture", mutates_args=())
-def _mixture(x: Tensor, norm: Tensor, bias: Tensor, name: str) -> Tensor:
-    raise NotImplementedError("a marker is exported, never run")
-
-
-@_mixture.register_fake
-def _(x: Tensor, norm: Tensor, bias: Tensor, name: str) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _custom(lctx: Any, code: str, operands: list[Value], options: dict) -> Value:
-    return _customs(lctx, code, operands, options)[0]
-
-
-def _customs(lctx: Any, code: str, operands: list[Value], options: dict) -> list[Value]:
-    payload = json.dumps(options, sort_keys=True).encode()
-    return ir.Operation.create(
-        "tfl.custom",
-        results=lowering_utils.node_meta_to_ir_types(lctx.node),
-        operands=operands,
-        attributes={
-            "custom_code": ir.StringAttr.get(code),
-            "custom_option": ir.Attribute.parse(f'#tfl<const_bytes: "0x{payload.hex()}">'),
-        },
-    ).results
-
-
-@lowerings.lower(torch.ops.moe_jax.linear)
-def _lower_linear(lctx: Any, x: Value, names: str, out: int) -> Value:
-    return _custom(lctx, LINEAR, [x], {"names": names.split("+")})
-
-
-@lowerings.lower(torch.ops.moe_jax.feed_forward)
-def _lower_feed_forward(lctx: Any, x: Value, names: str) -> Value:
-    return _custom(lctx, FEED_FORWARD, [x], {"names": names.split("+")})
-
-
-@lowerings.lower(torch.ops.moe_jax.embedding)
-def _lower_embedding(lctx: Any, tokens: Value, name: str, width: int) -> Value:
-    return _custom(lctx, EMBEDDING, [tokens], {"names": [name]})
-
-
-@lowerings.lower(torch.ops.moe_jax.experts)
-def _lower_experts(lctx: Any, h: Value, ids: Value, weights: Value, name: str) -> Value:
-    return _custom(lctx, EXPERTS, [h, ids, weights], {"names": [name]})
-
-
-@lowerings.lower(torch.ops.moe_jax.attention)
-def _lower_attention(lctx: Any, q: Value, k: Value, v: Value, mask: Value, name: str) -> Value:
-    return _custom(lctx, ATTENTION, [q, k, v, mask], {"names": [name]})
-
-
-@lowerings.lower(torch.ops.moe_jax.self_attention)
-def _lower_self_attention(lctx: Any, x: Value, norm: Value, given: list[Value], names: str) -> list[Value]:
-    return _customs(lctx, SELF_ATTENTION, [x, norm, *given], {"names": names.split("+")})
-
-
-@lowerings.lower(torch.ops.moe_jax.mixture)
-def _lower_mixture(lctx: Any, x: Value, norm: Value, bias: Value, name: str) -> Value:
-    return _custom(lctx, MIXTURE, [x, norm, bias], {"names": [name]})
+_define(LINEAR, "(Tensor x, str names, int out) -> Tensor", lambda x, names, out: x.new_empty((*x.shape[:-1], out)))
+_define(
+    EMBEDDING,
+    "(Tensor tokens, str name, int width) -> Tensor",
+    lambda tokens, name, width: tokens.new_empty((*tokens.shape, width), dtype=torch.float32),
+)
+_define(FEED_FORWARD, "(Tensor x, str names) -> Tensor", lambda x, names: torch.empty_like(x))
+_define(
+    EXPERTS,
+    "(Tensor h, Tensor ids, Tensor weights, str name) -> Tensor",
+    lambda h, ids, weights, name: torch.empty_like(h),
+)
+_define(
+    ATTENTION,
+    "(Tensor q, Tensor k, Tensor v, Tensor mask, str name) -> Tensor",
+    lambda q, k, v, mask, name: torch.empty_like(q),
+)
+_define(
+    SELF_ATTENTION,
+    "(Tensor x, Tensor norm, Tensor[] given, str names) -> (Tensor, Tensor, Tensor)",
+    lambda x, norm, given, names: tuple(torch.empty_like(value) for value in (x, *given[3:5])),
+)
+_define(
+    MIXTURE,
+    "(Tensor x, Tensor norm, Tensor bias, str name) -> Tensor",
+    lambda x, norm, bias, name: torch.empty_like(x),
+)
 
 
 def _tfl(lctx: Any, name: str, operands: list[Value], attributes: dict[str, ir.Attribute]) -> Value:

@@ -6,8 +6,9 @@ from ai_edge_litert.interpreter import Interpreter
 
 from conversion import weights
 from conversion.litert.dense import DenseExperts
-from conversion.litert.experts import Experts, expand
+from conversion.litert.experts import Experts
 from conversion.litert.flatbuffer import Model
+from conversion.litert.routed import expand
 from tests.conversion.conftest import MOE
 
 

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversion.int4 import Int4
-from conversion.litert.experts import Experts, expand, tiling
+from conversion.litert.experts import Experts
 from conversion.litert.flatbuffer import Model
+from conversion.litert.prefill import tiling
+from conversion.litert.routed import expand
 from moe_jax.ops.fake_quant import quantize_rows_int8
 
 D, F = 64, 32

@@ -133,7 +133,7 @@ bool run_experts(const Isa& isa, const Shape& s, const Call& call, int threads) 
   }
 
   pool.run_in_runs(tokens, threads, [&](int t) {
-    const float* mine[64];
+    const float* mine[kMostChoices];
     for (int k = 0; k < choices; k++) mine[k] = terms + static_cast<size_t>(place[t * choices + k]) * width;
     const size_t at = static_cast<size_t>(t);
     isa.combine(mine, call.weights + at * choices, choices, width, call.y + at * width);

@@ -26,11 +26,11 @@ struct Rows {
 };
 
 struct RouteShape {
-  uint32_t experts, choices;    // E (at most kMostExperts), K
+  uint32_t experts, choices;    // E (at most kMostExperts), K (at most kMostChoices)
   uint32_t softmax, normalise;  // scores by softmax instead of sigmoid; shares that sum to 1 before `factor`
   float factor;
 };
-constexpr int kMostExperts = 1024;
+constexpr int kMostExperts = 1024, kMostChoices = 64;
 
 // A few query rows against a piece of one group's cache: what is left of their softmax is a maximum and a sum.
 struct Piece {

@@ -1,6 +1,5 @@
 #include "ops.h"
 
-#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 
@@ -51,7 +50,8 @@ const char* check_experts(const Op& op, const TfLiteTensor* t) {
   if (!typed(op, t, {kF, kI, kF, kBytes, kF}))
     return "inputs must be x float32, ids int32, weights float32 and the bank uint8, the output float32";
   const Shape s = experts_shape(op);
-  if (!s.experts || !s.choices || s.choices > 64 || !s.width || s.width % kBlock || !s.hidden || s.hidden % kBlock)
+  if (!s.experts || !s.choices || s.choices > kMostChoices || !s.width || s.width % kBlock || !s.hidden ||
+      s.hidden % kBlock)
     return "options must name experts, 1 to 64 choices, and widths that are multiples of 32";
   const TfLiteTensor &x = t[op.inputs[0]], &ids = t[op.inputs[1]], &weights = t[op.inputs[2]];
   const size_t tokens = x.bytes / 4 / s.width;
@@ -178,8 +178,8 @@ const char* check_mixture(const Op& op, const TfLiteTensor* t) {
   if ((m.shared > 0) != (op.inputs.size() == 6)) return "the shared expert must be there if options name its width";
   if (!(m.shared ? typed(op, t, {kF, kF, kF, kF, kBytes, kBytes, kF}) : typed(op, t, {kF, kF, kF, kF, kBytes, kF})))
     return "inputs and outputs must be float32, the experts uint8";
-  if (!s.experts || s.experts > kMostExperts || !s.choices || s.choices > std::min(s.experts, 64u) || !s.width ||
-      s.width % kBlock || !s.hidden || s.hidden % kBlock || m.shared % kBlock)
+  if (!s.experts || s.experts > kMostExperts || !s.choices || s.choices > s.experts || s.choices > kMostChoices ||
+      !s.width || s.width % kBlock || !s.hidden || s.hidden % kBlock || m.shared % kBlock)
     return "options must name experts, no more choices than that or 64, and widths that are multiples of 32";
   const auto bytes = [&](int input) { return t[op.inputs[input]].bytes; };
   if (bytes(4) != s.experts * expert_bytes(s) || (m.shared && bytes(5) != expert_bytes(shared)))

@@ -87,7 +87,7 @@ void run_mixture(const Isa& isa, const MixtureShape& s, const Mixture& c, int th
   Scratch<uint8_t> bytes(width + static_cast<size_t>(choices) * hidden + shared);
   float *h = memory.take(width), *scores = memory.take(experts);
   uint8_t* codes = bytes.take(width);
-  Part parts[65];
+  Part parts[kMostChoices + 1];
   for (int k = 0; k < count; k++) {
     parts[k].hidden = k < choices ? hidden : shared;
     parts[k].h = memory.take(parts[k].hidden);
@@ -116,8 +116,8 @@ void run_mixture(const Isa& isa, const MixtureShape& s, const Mixture& c, int th
     isa.score(h, c.router + static_cast<size_t>(begin) * width, std::min(kRouterRows, experts - begin), width,
               scores + begin);
   });
-  int32_t ids[64];
-  float shares[65];
+  int32_t ids[kMostChoices];
+  float shares[kMostChoices + 1];
   isa.choose(s.route, scores, c.bias, ids, shares);
   shares[choices] = 1;
   for (int k = 0; k < choices; k++) parts[k].weights = c.bank + ids[k] * expert_bytes(e);
@@ -131,7 +131,7 @@ void run_mixture(const Isa& isa, const MixtureShape& s, const Mixture& c, int th
   const int groups = width / kColumns, third = column_runs(threads, 1, groups);
   pool.run(third, threads, [&](int item, int slot) {
     const int g = groups * item / third, n = groups * (item + 1) / third - g, at = g * kColumns, size = n * kColumns;
-    const float* terms[65];
+    const float* terms[kMostChoices + 1];
     for (int k = 0; k < count; k++) {
       const Part& part = parts[k];
       const uint8_t* down = part.weights + matrix_bytes(2 * part.hidden, width) + g * group_bytes(part.hidden);
