@@ -20,6 +20,7 @@ from typing import Any
 from conversion.bench_process import Candidate, Texts
 from conversion.readback import Sections, sections
 from moe_jax.errors import UserError
+from moe_jax.progress import time_left
 
 PREFILL, CONTEXTS = (128, 512, 1024), (256, 1024, 4096, 8192)
 # As llama-bench does. Each answer first costs LiteRT-LM 0.18.1 some 30 ms (Tasks::Decode lists a vocabulary of
@@ -171,7 +172,7 @@ class _Work:
         if now - self._said > _SILENCE:
             self._said = now
             left = (now - self._begun) * max(self._all / self._done - 1, 0)
-            self._say(f"{what} ({f'{left / 60:.0f} min' if left > 90 else f'{left:.0f} s'} left)")
+            self._say(f"{what} ({time_left(left)})")
 
 
 def _effort(context: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
@@ -32,6 +33,11 @@ Examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status is the training's own."""
+    arguments = parse(_parser(), argv)
+    return guarded(arguments.command, arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
     text = "Find out where a training job fits, start it there and keep it going."
     parser, commands = make_parser("python -m launch", text, _EXAMPLES)
     add_local_command(commands)
@@ -52,8 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     add_pipeline_command(commands, fit_first)
     add_status_command(commands)
     add_resume_command(commands, relaunchers(fit_first) | {"local": resume_local})
-    arguments = parse(parser, argv)
-    return guarded(arguments.command, arguments)
+    return parser
 
 
 def _demo(arguments: Any) -> int:

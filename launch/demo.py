@@ -25,6 +25,7 @@ from launch.status import last_steps
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
 from moe_jax.overrides import to_dict
+from moe_jax.progress import time_left
 from moe_jax.train.catalogue import complete_steps
 
 STAGES = ("pretrain", "midtrain", "sft", "qat")
@@ -167,8 +168,7 @@ class Demo:
         # A slower machine shows in the parts behind it.
         expected = sum(self._expected(part) for part in self._worked)
         left *= (60 + sum(self._worked.values())) / (60 + expected)
-        minutes = f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left"
-        print(f"\n[{number}/{count}] {name}: {text} ({minutes})", flush=True)
+        print(f"\n[{number}/{count}] {name}: {text} (about {time_left(left)})", flush=True)
         start = time.monotonic()
         found = action() or {}
         seconds = time.monotonic() - start
@@ -198,13 +198,9 @@ class Demo:
         self._call(*words)
 
     def _call(self, *words: str) -> None:
-        """Run a public command; a benchmark shows its standard error, the runtime's chatter, only if it fails."""
+        """Run a public command."""
         command = _shown(words)
-        quiet = subprocess.PIPE if words[0].startswith("tests.") else None
-        done = subprocess.run(command, env=self._env, stderr=quiet, text=True, check=False)
-        if done.returncode and done.stderr:
-            print(done.stderr, file=sys.stderr)
-        _require_success(command, done.returncode)
+        _require_success(command, subprocess.run(command, env=self._env, check=False).returncode)
 
     def _chat(self, bundle: str) -> dict[str, Any]:
         command = _shown(["conversion", "chat", bundle, "--prompt", PROMPT, "--max-tokens", "96"])

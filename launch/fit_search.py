@@ -26,6 +26,7 @@ from moe_jax.config import REMAT_POLICIES, MeshConfig, RunConfig
 from moe_jax.errors import UserError
 from moe_jax.parallel.mesh import AXES
 from moe_jax.parallel.rules import check_divisible
+from moe_jax.progress import time_left
 
 # (expert, context, tensor) beside the data and fsdp of all sizes; 1, 1, 1 is the likely optimum at these sizes.
 _OTHER_AXES = ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 1, 2))
@@ -149,7 +150,7 @@ def search(
         pool = plain or hopeful
         chosen = max(pool, key=promise) if pool else min(left, key=lambda c: c.args + c.temp)
         left.remove(chosen)
-        rest = f", about {sum(spent) / len(spent) / 60 * (max_compiles - len(spent)):.0f} min left" if spent else ""
+        rest = f", about {time_left(sum(spent) / len(spent) * (max_compiles - len(spent)))}" if spent else ""
         say(f"compile {len(spent) + 1} of at most {max_compiles}{rest}: {in_words(chosen.cfg)}")
         start = time.monotonic()
         try:

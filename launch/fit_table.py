@@ -19,6 +19,7 @@ from launch.fit_report import available_bytes, mesh_words
 from launch.fit_search import measure_kept, plan, say, search
 from launch.slices import parse_slice
 from moe_jax.files import write_bytes
+from moe_jax.progress import time_left
 
 PATH = Path("docs/fit.md")
 _TRIES = 3
@@ -76,7 +77,7 @@ def make_table(rows: Sequence[Row] = ROWS, path: Path = PATH, overrides: Sequenc
     done: list[tuple[Row, dict[str, Any] | None]] = []
     spent: list[float] = []  # on rows that were not kept
     for number, row in enumerate(rows):
-        left = f", at most {sum(spent) / len(spent) * (len(rows) - number) / 60:.0f} min left" if spent else ""
+        left = f", at most {time_left(sum(spent) / len(spent) * (len(rows) - number))}" if spent else ""
         say(f"row {number + 1} of {len(rows)}{left}: {row.config} on {row.topology}, {row.seq_len}")
         start = time.monotonic()
         done.append((row, fit_row(row, overrides)))

@@ -16,6 +16,7 @@ from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import AnyPath, location
 from moe_jax.overrides import differences
+from moe_jax.progress import time_left
 from moe_jax.train.catalogue import checkpoint_path, complete_records, health
 from moe_jax.train.checkpoint import config_of, verify
 from moe_jax.train.checksums import FILE, read_record
@@ -126,5 +127,5 @@ class _Progress:
         if now - self._said < self._every:
             return
         self._said, left = now, (now - self._begin) * (total - done) / max(done, 1)
-        text = f"{self._what}: {done / total:.0%} of {_size(total)}, {int(left) // 60}:{int(left) % 60:02d} left"
+        text = f"{self._what}: {done / total:.0%} of {_size(total)}, {time_left(left)}"
         print(text, file=sys.stderr, flush=True)

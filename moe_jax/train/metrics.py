@@ -21,6 +21,7 @@ from moe_jax.config import RunConfig
 from moe_jax.files import AnyPath, LineLog, cut_lines, location, read_lines
 from moe_jax.flops import peak_flops, train_flops_per_token
 from moe_jax.parallel.processes import is_first
+from moe_jax.progress import time_left
 from moe_jax.train.tensorboard import EventFile
 
 _PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal
@@ -149,10 +150,9 @@ class Metrics:
         left = (self._cfg.steps - step) * self._rate
         if self._plain and (time.monotonic() - self._printed > _PLAIN_SECONDS or step == self._cfg.steps):
             self._printed = time.monotonic()
-            minutes = f"{int(left) // 60}:{int(left) % 60:02d} left"
             print(
                 f"{self._cfg.stage} {step}/{self._cfg.steps} loss {line['loss']:.4f} "
-                f"{line['tokens_per_second']:,.0f} tokens/s {minutes}",
+                f"{line['tokens_per_second']:,.0f} tokens/s {time_left(left)}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -11,6 +11,7 @@ import struct
 import sys
 import time
 
+import google_crc32c
 from etils import epath
 
 from moe_jax.files import PART_BYTES, is_remote, write_bytes
@@ -70,32 +71,12 @@ class EventFile:
     def _write(self, fields: bytes) -> None:
         event = b"\x09" + struct.pack("<d", time.time()) + fields
         length = struct.pack("<Q", len(event))
-        crcs = [struct.pack("<I", _masked(crc32c(part))) for part in (length, event)]
-        self._file.write(length + crcs[0] + event + crcs[1])
+        self._file.write(length + _crc(length) + event + _crc(event))
 
 
-def crc32c(data: bytes) -> int:
-    """The Castagnoli checksum."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    return crc ^ 0xFFFFFFFF
-
-
-def _table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
-
-
-_TABLE = _table()
-
-
-def _masked(crc: int) -> int:
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+def _crc(data: bytes) -> bytes:
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def _varint(value: int) -> bytes:

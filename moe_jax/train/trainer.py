@@ -8,7 +8,6 @@ bit.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,13 +21,12 @@ from etils import epath
 from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
-from moe_jax.data.packing import PackedRows
-from moe_jax.data.pipeline import TrainIterator, heldout_batches, heldout_rows, make_train_iterator
+from moe_jax.data.pipeline import TrainIterator, heldout_rows, make_train_iterator
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import Preempted, UserError
 from moe_jax.files import AnyPath, is_remote, location
 from moe_jax.overrides import differences, from_dict, to_dict
-from moe_jax.parallel.batches import put_batch, put_everywhere, put_votes, share_of_batch
+from moe_jax.parallel.batches import put_batch, put_votes, share_of_batch
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.processes import barrier, is_first
 from moe_jax.run_lock import exclusive
@@ -37,10 +35,11 @@ from moe_jax.train.catalogue import checkpoint_path, complete_records, complete_
 from moe_jax.train.checkpoint import Checkpoints, config_of, final_step, restore_model
 from moe_jax.train.goodput import Goodput
 from moe_jax.train.guard import BadStep, LossGuard
+from moe_jax.train.heldout import HeldoutLoss
 from moe_jax.train.metrics import History, Metrics, StepClock
 from moe_jax.train.run_folder import changed_model, changed_options, describe_run, listed
 from moe_jax.train.state import TrainState, abstract_state, init_state
-from moe_jax.train.step import make_eval_step, make_train_step
+from moe_jax.train.step import make_train_step
 from moe_jax.train.watch import StopRequest, Watchdog
 
 # What a process asks of all, by a vote that travels with a step; the highest counts.
@@ -85,9 +84,21 @@ def fit(
         dump = None if is_remote(run_dir) else Path(run_dir) / f"hang-{jax.process_index()}.txt"
         stop = stack.enter_context(stop or StopRequest())
         dog = stack.enter_context(Watchdog(cfg.guard.hang_minutes, dump, partial(history.event, "hung")))
-        _Trainer(
-            cfg, run_dir, mesh, tokenizer, data, heldout, history, goodput, stop, dog, still_ours, new_data
-        ).run(changes)
+        trainer = _Trainer(
+            cfg=cfg,
+            run_dir=run_dir,
+            mesh=mesh,
+            tokenizer=tokenizer,
+            data=data,
+            new_data=new_data,
+            heldout=HeldoutLoss(cfg, mesh, heldout) if heldout else None,
+            history=history,
+            goodput=goodput,
+            stop=stop,
+            dog=dog,
+            still_ours=still_ours,
+        )
+        trainer.run(changes)
     return run_dir
 
 
@@ -126,20 +137,20 @@ class _Pending:
     batch: int  # the number of its batch
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Trainer:
     cfg: RunConfig
     run_dir: epath.Path
     mesh: Mesh
     tokenizer: Tokenizer
     data: TrainIterator
-    heldout: list[PackedRows]  # for keep_best
+    new_data: bool  # files and mixture may differ from the checkpoint's
+    heldout: HeldoutLoss | None  # for keep_best
     history: History
     goodput: Goodput
     stop: StopRequest
     dog: Watchdog
     still_ours: Callable[[], None]  # raises where another run took the folder's lease
-    new_data: bool
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.run_dir, self.cfg.checkpoint)
@@ -306,7 +317,7 @@ class _Trainer:
         begin = time.perf_counter()
         self.still_ours()
         with self.goodput.spent("save"):
-            heldout = self._heldout_loss(step) if self.heldout else None
+            heldout = self._heldout_loss(step)
             if heldout is not None:
                 metrics.heldout(step, heldout)
             stored = {
@@ -335,22 +346,12 @@ class _Trainer:
     def _tell_goodput(self, step: int) -> None:
         self.history.event("goodput", step, seconds=self.goodput.seconds)
 
-    def _heldout_loss(self, step: int) -> float:
-        """Nats per token on the first batches of data.heldout; as in use, no expert is ever full."""
+    def _heldout_loss(self, step: int) -> float | None:
+        if self.heldout is None:
+            return None
         assert self.state is not None
-        if not hasattr(self, "eval_step"):
-            self.dog.beat(step, "compiling", _SLOW_MINUTES)
-            self.eval_step = make_eval_step(replace(self.cfg, model=self.cfg.model.dropless()), self.mesh)
-        nats = tokens = 0.0
-        # Of a microbatch's size: that much fits with a backward pass.
-        parts = self.cfg.gradient_accumulation
-        batches = heldout_batches(self.heldout, self.cfg.data.global_batch_size // parts)
-        for batch in itertools.islice(batches, parts * self.cfg.checkpoint.heldout_batches):
-            arrays = put_everywhere(batch, self.mesh)
-            nll, count = jax.device_get(self.eval_step(self.state.params, self.state.biases, arrays))
-            nats, tokens = nats + float(nll), tokens + float(count)
-            self.dog.beat(step, "evaluating")
-        return nats / max(tokens, 1.0)
+        self.dog.beat(step, "evaluating", 0 if self.heldout.compiled else _SLOW_MINUTES)
+        return self.heldout(self.state, lambda: self.dog.beat(step, "evaluating"))
 
     def _go_back(self, bad: BadStep) -> int:
         """Restore the last sound checkpoint and skip the batch, or stop; the step restored."""

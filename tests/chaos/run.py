@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from moe_jax.progress import time_left
 from moe_jax.train.catalogue import checkpoint_path
 from moe_jax.train.metrics import read_metrics
 from moe_jax.train.stored import describe
@@ -55,7 +56,7 @@ def run_chaos(root: Path, seed: int, faults: Sequence[Fault], steps: int, tell: 
             left *= (time.monotonic() - begin_chaos) / number
             tell(
                 f"{number:2}/{len(faults)} step {step:4} {fault.__name__:20} {seconds:3.0f} s, "
-                f"{int(left) // 60}:{int(left) % 60:02d} left: {said[-1][2]}"
+                f"{time_left(left)}: {said[-1][2]}"
             )
         scene.ends(0)
     starts, skipped = seen.named("start"), seen.named("rolled_back")

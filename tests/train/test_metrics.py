@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from moe_jax.files import location
 from moe_jax.flops import train_flops_per_token
 from moe_jax.train.metrics import Metrics, load_statistics, read_metrics
-from moe_jax.train.tensorboard import crc32c
 
 
 @given(st.lists(st.lists(st.integers(0, 1000), min_size=4, max_size=4), min_size=1, max_size=3))
@@ -89,6 +88,16 @@ def test_reopening_where_nothing_is_past_writes_nothing(tiny, tmp_path):
     with Metrics(location(tmp_path), tiny.cfg, 2, jax.devices()[:1]) as metrics:
         assert metrics.lost == 0
     assert path.stat().st_ino == file and path.read_text() == '{"step":1}\n{"step":2}\n'
+
+
+def crc32c(data: bytes) -> int:
+    """The Castagnoli checksum, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
 
 
 def whole_records(data: bytes) -> list[bytes]:
