@@ -50,7 +50,7 @@ unit gguf realsize arm: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 unit: $(INSTALLED)  ## pytest alone; ARGS='tests/data -k packing' to choose
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-chaos: $(INSTALLED)  ## kill, damage and fill up a run until 36 faults are survived (at most 20 minutes)
+chaos: $(INSTALLED)  ## kill, damage and fill up a run until 39 faults are survived (at most 20 minutes)
 	JAX_PLATFORMS=cpu $(PY) -m tests.chaos --json runs/chaos/report.json $(ARGS)
 
 gguf: $(INSTALLED)  ## exported files in llama.cpp itself, which is built from source first (many minutes)

@@ -24,7 +24,7 @@ def peer_maxtext_64e8() -> RunConfig:
     """64 experts, top-8, no shared one: the shapes at which MaxText 0.2.5 was compiled for comparison.
 
     Run: python -m launch fit peer_maxtext_64e8 --topology v5e:4x4 --seq-len 2048 --per-device-batch 8
-    Expect: less memory and fewer cycles than MaxText's figures, see README.md; not meant to be trained.
+    Expect: less memory and fewer cycles than MaxText's figures, see docs/pods.md; not meant to be trained.
     """
     moe = MoEConfig(num_experts=64, num_experts_per_tok=8, expert_width=384, shared_expert_width=0)
     cfg = mobilemoe_s()
