@@ -19,13 +19,19 @@ void run_attention(const Isa& isa, const AttentionCall& c, int threads) {
   memory.resize(ends * (width + 2));
   float *outs = memory.data(), *most = outs + ends * width, *sums = most + ends;
 
-  Pool::instance().run(c.groups * pieces, threads, [&](int item, int) {
+  const auto keys_of = [&](int item) {
+    return c.k + item / pieces * of_cache + static_cast<size_t>(item % pieces) * kMostPositions * width;
+  };
+  const int items = c.groups * pieces;
+  Pool::instance().run(items, threads, [&](int item, int slot) {
     const int group = item / pieces, begin = item % pieces * kMostPositions;
+    const bool goes_on = item + 1 < Pool::first_of(slot + 1, items, threads);
+    const float* next = keys_of(goes_on ? item + 1 : item);  // its own are there already
     for (int row = 0; row < c.rows; row += kMostRows) {
       const int rows = std::min(kMostRows, c.rows - row);
       const size_t at = static_cast<size_t>(item) * c.rows + row, of_piece = static_cast<size_t>(begin) * width;
       isa.attend({c.q + group * of_group + static_cast<size_t>(row) * width, c.k + group * of_cache + of_piece,
-                  c.v + group * of_cache + of_piece, c.mask + begin, rows, width,
+                  c.v + group * of_cache + of_piece, c.mask + begin, next, rows, width,
                   std::min(kMostPositions, c.used - begin), outs + at * width, most + at, sums + at});
     }
   });

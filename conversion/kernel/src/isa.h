@@ -36,6 +36,7 @@ constexpr int kMostExperts = 1024, kMostChoices = 64;
 struct Piece {
   const float *q, *k, *v;   // [rows, width], [count, width], [count, width]
   const float* mask;        // [count], added to the scores
+  const float* next;        // keys to fetch meanwhile, those of the piece that this thread most likely takes next
   int rows, width, count;   // width a multiple of 16, rows at most kMostRows, count at most kMostPositions
   float *out, *most, *sum;  // [rows, width], [rows], [rows]: sum of v * exp(score - most), and of the exponentials
 };

@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "isa.h"
@@ -13,8 +14,46 @@
 namespace moe_jax {
 namespace {
 
-// Bytes to fetch ahead: a token's experts come from memory, and the hardware's own prefetcher stops at pages.
-constexpr int kAhead = 16384;
+// Fetches weights some way behind `at`: the hardware's own prefetcher stops at pages. Those of one row are used once
+// and go past the L2 cache; those of more rows are used again by the next rows.
+template <int M>
+void fetch(const uint8_t* at) {
+  if constexpr (M == 1)
+    _mm_prefetch(at + 6144, _MM_HINT_NTA);
+  else
+    _mm_prefetch(at + 16384, _MM_HINT_T1);
+}
+
+// Scales of one group's blocks. For one row they are copied, so that weights are read strictly in the order in which
+// they lie: in two streams, scales beside nibbles, a token of size S took 1.2 times as long (AMD; memory gave 40 of its
+// 50 GB/s). More rows compute for longer than they read.
+template <int M>
+class Scales {
+ public:
+  Scales(const uint8_t* scales, int blocks) : scales_(scales), blocks_(blocks) {}
+
+  const uint8_t* of(int block) {
+    if constexpr (M > 1) {
+      fetch<M>(scales_ + 32 * block);
+      return scales_ + 32 * block;
+    }
+    if (block % kCopied == 0 && block != held_) {
+      held_ = block;
+      const int count = std::min(kCopied, blocks_ - block);
+      for (int i = 32 * block; i < 32 * (block + count); i += 32) {
+        fetch<M>(scales_ + i);
+        std::memcpy(copy_ + i % sizeof copy_, scales_ + i, 32);
+      }
+    }
+    return copy_ + 32 * (block % kCopied);
+  }
+
+ private:
+  static constexpr int kCopied = 64;  // blocks
+  const uint8_t* scales_;
+  int blocks_, held_ = -1;
+  alignas(32) uint8_t copy_[M > 1 ? 1 : 32 * kCopied];
+};
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -33,20 +72,21 @@ AVX512 void tile(const uint8_t* weights, int groups, int inputs, const Rows& row
   const int blocks = inputs / kBlock;
   const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xF0));
   for (int g = 0; g < groups; g++, weights += group_bytes(inputs)) {
-    const uint8_t *scales = weights + 64, *nibbles = scales + 32 * blocks;
+    const uint8_t* nibbles = weights + 64 + 32 * blocks;
+    Scales<M> scales(weights + 64, blocks);
     __m512 sums[M];
     for (int m = 0; m < M; m++) sums[m] = _mm512_mul_ps(_mm512_loadu_ps(weights), _mm512_set1_ps(rows.zero[m]));
     for (int b = 0; b < blocks; b++, nibbles += 256) {
+      const auto* halves = reinterpret_cast<const __m256i*>(scales.of(b));
       __m512i codes[8];
       for (int d = 0; d < 4; d++) {
-        _mm_prefetch(nibbles + 64 * d + kAhead, _MM_HINT_T1);
+        fetch<M>(nibbles + 64 * d);
         const __m512i pairs = _mm512_loadu_si512(nibbles + 64 * d);
         codes[2 * d] = _mm512_and_si512(_mm512_slli_epi32(pairs, 4), mask);
         codes[2 * d + 1] = _mm512_and_si512(pairs, mask);
       }
-      _mm_prefetch(scales + 32 * b + kAhead, _MM_HINT_T1);
-      const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + 32 * b));
-      const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+      const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(halves));
+      const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
       for (int m = 0; m < M; m++) {
         const uint8_t* row = rows.codes[m] + kBlock * b;
         __m512i dots[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
@@ -88,22 +128,23 @@ AVX2 void tile(const uint8_t* weights, int groups, int inputs, const Rows& rows,
   const __m256i signs = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
   for (int g = 0; g < groups; g++, weights += group_bytes(inputs)) {
+    Scales<M> scales(weights + 64, blocks);
     for (int half = 0; half < 2; half++) {
-      const uint8_t *scales = weights + 64 + 16 * half, *nibbles = weights + 64 + 32 * blocks + 32 * half;
+      const uint8_t* nibbles = weights + 64 + 32 * blocks + 32 * half;
       const __m256 base = _mm256_loadu_ps(reinterpret_cast<const float*>(weights + 32 * half));
       __m256 sums[M];
       for (int m = 0; m < M; m++) sums[m] = _mm256_mul_ps(base, _mm256_set1_ps(rows.zero[m]));
       for (int b = 0; b < blocks; b++, nibbles += 256) {
+        const auto* halves = reinterpret_cast<const __m128i*>(scales.of(b) + 16 * half);
         __m256i codes[8];
         for (int d = 0; d < 4; d++) {
-          _mm_prefetch(nibbles + 64 * d + kAhead, _MM_HINT_T1);
+          fetch<M>(nibbles + 64 * d);
           const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles + 64 * d));
           codes[2 * d] = _mm256_shuffle_epi8(signs, _mm256_and_si256(pairs, mask));
           codes[2 * d + 1] = _mm256_shuffle_epi8(signs, _mm256_and_si256(_mm256_srli_epi16(pairs, 4), mask));
         }
-        _mm_prefetch(scales + 32 * b + kAhead, _MM_HINT_T1);
-        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + 32 * b));
-        __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+        const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(halves));
+        __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
         scale = _mm256_mul_ps(scale, _mm256_set1_ps(16));
         for (int m = 0; m < M; m++) {
           const uint8_t* row = rows.codes[m] + kBlock * b;

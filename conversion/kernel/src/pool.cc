@@ -16,8 +16,6 @@ void pause() {
 // About as long as the rest of a decoder layer takes, so that decode never waits for a thread to wake.
 constexpr std::chrono::microseconds kSpin{300};
 
-int first_of(int slot, int items, int threads) { return static_cast<int>(static_cast<int64_t>(items) * slot / threads); }
-
 }  // namespace
 
 Pool& Pool::instance() {

@@ -37,6 +37,11 @@ class Pool {
     });
   }
 
+  // The first item of a slot's own run.
+  static int first_of(int slot, int items, int threads) {
+    return static_cast<int>(static_cast<int64_t>(items) * slot / threads);
+  }
+
  private:
   Pool() = default;
   ~Pool();
