@@ -12,6 +12,7 @@ from moe_jax.config import RunConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import AnyPath, location
+from moe_jax.train.catalogue import require_present
 
 
 class Stack:
@@ -33,8 +34,6 @@ class Stack:
         return self._read(self._array)
 
     def _read(self, array: Any) -> np.ndarray:
-        from moe_jax.train.catalogue import require_present
-
         try:
             value = array.read().result()
         except ValueError:
@@ -84,6 +83,7 @@ def open_checkpoint(run_dir: AnyPath, step: int | None = None, tokenizer: AnyPat
     try:
         parameters = {name: Stack(path, name) for name in keymap.jax_shapes(run.model)}
     except ValueError as error:
+        require_present(path)
         raise UserError(f"checkpoint {path} lacks a parameter of its config ({error}); export another") from None
     file = location(tokenizer or location(run_dir) / "tokenizer.json")
     found = Tokenizer.load(file)

@@ -23,7 +23,7 @@ from conversion import weights as _weights
 from conversion.checkpoint import open_checkpoint
 from conversion.litert import FORMS, PREFILL
 from conversion.memory import memory
-from conversion.outputs import free
+from conversion.outputs import free, writing
 from conversion.weights import Weights
 from moe_jax.config import ModelConfig
 from moe_jax.data import corpus
@@ -127,7 +127,7 @@ def write(
     from conversion import readback  # slow to import, as what lowers is, and not needed to refuse
     from conversion.litert import bundle, lower
 
-    try:
+    with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
             aside = Path(folder)
@@ -148,10 +148,6 @@ def write(
             digest = _sha256(bundled)
             for path in sorted(aside.iterdir(), key=lambda path: path == bundled):
                 os.replace(path, output.parent / path.name)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {output}: {error.strerror or error}; free the disk or choose another"
-        ) from error
     return {
         "bundle": str(output),
         "bytes": sizes[0],

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.command_options import add_checkpoint
-from conversion.outputs import free
+from conversion.outputs import free, writing
 from moe_jax.command_line import add_command, add_json, seed
 from moe_jax.config import ModelConfig, RunConfig
 
@@ -60,7 +60,7 @@ def export_run(
     config, group, file = source.run.model, source.group(quantize_float), source.tokenizer_file
     gguf_file.words(config, file)  # refuses before minutes of work
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
+    with writing(output), tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         # By way of a file, because each tensor is wanted at another time than it comes.
         codes = Path(folder) / "codes.safetensors"
         weights.write_safetensors(weights.quantised(source.parameters, config, group), config, group, codes)

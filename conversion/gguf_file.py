@@ -20,7 +20,7 @@ from tqdm import tqdm
 from conversion import keymap
 from conversion.gguf_vocab import vocabulary
 from conversion.int4 import Int4, unpack_nibbles
-from conversion.outputs import replacing
+from conversion.outputs import replacing, writing
 from conversion.weights import Weights
 from moe_jax.config import ModelConfig
 from moe_jax.errors import UserError
@@ -48,7 +48,7 @@ def write_gguf(
     """
     path, described = Path(path), words(weights.config, tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as aside:
+    with writing(path), replacing(path) as aside:
         _write(aside, weights, kind, name or path.stem, described)
     size = path.stat().st_size
     return {"file": str(path), "bytes": size, "architecture": ARCHITECTURE, "type": kind, "group": weights.group}

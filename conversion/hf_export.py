@@ -22,7 +22,7 @@ from conversion.hf_config import GROUP, hf_config
 from conversion.hf_import import layout
 from conversion.hf_int4 import Loss, on_grid, parts, recovered
 from conversion.int4 import Int4
-from conversion.outputs import on_disk
+from conversion.outputs import on_disk, writing
 from conversion.tensor_file import BF16, DTYPES
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
@@ -54,16 +54,13 @@ def export_folder(
         source.group(quantize_float)  # refuses a run without QAT
     writer = _Writer(source, int4, allow_requantization)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+    with writing(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
         aside = Path(name, folder.name)
-        try:
-            aside.mkdir()
-            writer.write(aside)
-            write_json(aside / "config.json", described)
-            write_companions(aside, found, source.tokenizer_file.read_bytes(), config.max_position_embeddings)
-            os.replace(aside, folder)
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror or error}; free the disk") from error
+        aside.mkdir()
+        writer.write(aside)
+        write_json(aside / "config.json", described)
+        write_companions(aside, found, source.tokenizer_file.read_bytes(), config.max_position_embeddings)
+        os.replace(aside, folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
     return {"folder": str(folder), "format": kind, "bytes": size} | writer.report()
 

@@ -29,18 +29,21 @@ def on_disk(path: str | Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which takes its place at the end; a failure leaves `path` as it was.
+def writing(output: Path) -> Iterator[None]:
+    """A UserError that names the output, whatever file of it the system refuses."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {output}: {reason}; free the disk or choose another") from error
 
-    Raises UserError for what the disk refuses.
-    """
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its place at the end; a failure leaves `path` as it was."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield aside
         aside.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free the disk or choose another"
-        ) from error
     finally:
         aside.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """One safetensors file: its header read and made, its tensors read one at a time.
 
 The header is parsed here, and every byte of a file is put down to a tensor, so that whatever is damaged has a name.
-The library reads as well, but says no names, and writes only what is in memory at once.
+The errors of the package safetensors name no tensor, and it writes only what is in memory at once.
 """
 
 from __future__ import annotations
@@ -70,14 +70,17 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         size = file.stat().st_size
         with file.open("rb") as raw:
             length = int.from_bytes(raw.read(8), "little")
-            fields = json.loads(raw.read(length)) if length < size else None
+            if length >= size:
+                raise ValueError("it is longer than the file")
+            fields = json.loads(raw.read(length))
         if not isinstance(fields, dict):
-            raise ValueError("it is longer than the file")
+            raise ValueError("it is no table of tensors")
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}; name what holds the weights") from None
     except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise UserError(f"the header of {file} is damaged ({error}); {MEND}") from None
-    if not isinstance(metadata := fields.pop("__metadata__", {}), dict):
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"the header of {file} is damaged at __metadata__; {MEND}")
     entries, end = {}, 0
     for name, field in fields.items():

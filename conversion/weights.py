@@ -194,7 +194,7 @@ def write_safetensors(
 ) -> None:
     """Write one safetensors file of arrays that come one at a time, in any order, with the config in its metadata.
 
-    UserError for what the disk refuses; a file that was there stays as it was.
+    OSError for what the disk refuses; a file that was there stays as it was.
     """
     described = {"format": _FORMAT, "group_size": group, "config": to_dict(config)}
     tensors = {name: (_NAMES[dtype], shape) for name, (shape, dtype) in layout(config, group).items()}
@@ -209,8 +209,12 @@ def write_safetensors(
 def load_safetensors(path: str | Path) -> Weights:
     """Open a file of `write_safetensors`; a tensor missing, added or of another shape or type is a UserError."""
     entries, metadata = read_header(Path(path))
-    described = json.loads(metadata.get("mobilemoe", "{}"))
-    if described.get("format") != _FORMAT:
-        raise UserError(f"{path} is not of format {_FORMAT}; export it with this project")
+    try:
+        described = json.loads(metadata["mobilemoe"])
+        if described["format"] != _FORMAT:
+            raise ValueError
+        config, group = from_dict(ModelConfig, described["config"]), described["group_size"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not of format {_FORMAT}; export it with this project") from None
     arrays = {name: Deferred(entry.shape, DTYPES[entry.dtype], entry.read) for name, entry in entries.items()}
-    return Weights(from_dict(ModelConfig, described["config"]), described["group_size"], arrays)
+    return Weights(config, group, arrays)

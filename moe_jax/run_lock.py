@@ -24,7 +24,6 @@ from moe_jax.files import AnyPath, is_remote, location, remote_filesystem
 
 BEAT_SECONDS = 20.0
 _BEATS_TO_STALE = 6
-_STALE_SECONDS = _BEATS_TO_STALE * BEAT_SECONDS  # a sign of life older than this is none
 _NAME, _HOLDER = ".lock", "process {} on {}"
 _OBJECT = "b/{}/o/{}"
 
@@ -49,7 +48,7 @@ def holder(run_dir: AnyPath) -> str:
     try:
         if is_remote(folder):
             updated = remote_filesystem().info(str(lock))["mtime"].timestamp()
-            return json.loads(lock.read_text())["holder"] if time.time() - updated < _STALE_SECONDS else ""
+            return json.loads(lock.read_text())["holder"] if time.time() - updated < _patience() else ""
         text = lock.read_text().strip()
     except (FileNotFoundError, ValueError):  # a run copied into a bucket brings a lock that is no lease
         return ""
@@ -57,7 +56,7 @@ def holder(run_dir: AnyPath) -> str:
         return ""
     if match[2] != socket.gethostname():  # a disk that several machines share
         age = time.time() - max(Path(path).stat().st_mtime for path in (lock, *Path(folder).glob("*.jsonl*")))
-        return text if age < _STALE_SECONDS else ""
+        return text if age < _patience() else ""
     return text if any(path == os.path.realpath(lock) for path in _open_files(int(match[1]))) else ""
 
 
@@ -80,6 +79,11 @@ def require_plain(run_dir: AnyPath) -> None:
         raise UserError(
             f"no checkpoint can be written in {whole}, for its bracket or backslash; name another folder"
         )
+
+
+def _patience() -> float:
+    """Seconds after which a sign of life is none."""
+    return _BEATS_TO_STALE * BEAT_SECONDS
 
 
 def _myself() -> str:
@@ -140,7 +144,7 @@ def _acquire(run_dir: str, path: str) -> str:
             continue
         if seen not in (None, state):
             raise _in_use(run_dir, other["holder"])
-        patience = _BEATS_TO_STALE * BEAT_SECONDS
+        patience = _patience()
         if _is_dead(other) or time.monotonic() - since > patience:
             with contextlib.suppress(FileNotFoundError, FileExistsError):  # it beats again, or a third was first
                 _remove(path, state)

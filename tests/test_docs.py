@@ -16,12 +16,14 @@ from moe_jax.command_line import parse
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS.append(ROOT / "conversion/kernel/README.md")
+NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 
 def commands(document: Path) -> list[list[str]]:
     """The words of every `python -m` in a block of code, without comments, pipes and what follows `&&`."""
     text = document.read_text()
-    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     blocks += re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE)
     found = []
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
@@ -43,7 +45,7 @@ def parser_of(package: str) -> Any:
     return importlib.import_module(f"{package}.__main__")._parser()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_every_command_of_a_document_is_one_that_the_program_takes(document):
     for package, *words in commands(document):
         if package in ("pip", "tests"):
@@ -53,7 +55,7 @@ def test_every_command_of_a_document_is_one_that_the_program_takes(document):
             configs.load(arguments.config, getattr(arguments, "overrides", []))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_every_command_that_a_document_mentions_exists(document, capsys):
     for module, *words in mentioned(document):
         if "." in module:
@@ -65,7 +67,12 @@ def test_every_command_that_a_document_mentions_exists(document, capsys):
         assert all(word in shown for word in words if word.startswith("--")), words
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+def test_no_command_of_a_document_is_missed(document):
+    assert len(commands(document)) + len(mentioned(document)) == document.read_text().count("python -m ")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
 def test_every_link_within_the_repository_leads_to_a_file(document):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
         assert (document.parent / target).exists(), target

@@ -26,7 +26,7 @@ pb2: Any = _pb2  # its classes are made at run time
 def write_bundle(tflite: str | Path, tokenizer: AnyPath, path: str | Path, context: int) -> None:
     """Pack `tflite` and the Hugging Face `tokenizer` (tokenizer.json) into the bundle `path`.
 
-    `context` is the most tokens of prompt and answer together. UserError for what the disk refuses; a file that was
+    `context` is the most tokens of prompt and answer together. OSError for what the disk refuses; a file that was
     there stays as it was.
     """
     path, tokens = Path(path), Tokenizer.load(tokenizer)

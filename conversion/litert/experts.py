@@ -14,10 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from conversion.int4 import Int4
-from conversion.litert.flatbuffer import Graph, Kind, Model, Stored
+from conversion.litert.flatbuffer import F32, I32, Graph, Kind, Model, Stored
 from conversion.litert.moving import equal, reshape, split, take
 
-F32, I32 = "float32", "int32"
 Bank = Int4 | Sequence[Stored]  # one matrix of each expert, at hand or in the file already
 
 

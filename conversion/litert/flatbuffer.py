@@ -43,6 +43,7 @@ _TYPES = {
     "bool": schema.TensorType.BOOL,
     "int4": schema.TensorType.INT4,
 }
+F32, I32, BOOL = "float32", "int32", "bool"
 _TYPE_NAMES = {code: name for name, code in _TYPES.items()}
 BUILTIN_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
 # Ops whose options table is not their own name in camel case.
@@ -96,7 +97,7 @@ class Model:
         return cls(t)
 
     def write(self, path: str | os.PathLike[str], *, behind_root: bool | None = None) -> None:
-        """UserError for what the disk refuses; a file that was there stays as it was.
+        """OSError for what the disk refuses; a file that was there stays as it was.
 
         `behind_root` puts buffers after the flatbuffer, where its limit of 2 GiB does not hold.
         """

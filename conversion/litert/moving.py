@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from conversion.litert.flatbuffer import Graph
+from conversion.litert.flatbuffer import BOOL, Graph
 
 
 def reshape(g: Graph, tensor: int, *shape: int) -> int:
@@ -42,4 +42,4 @@ def unpack(g: Graph, tensor: int, axis: int = 0) -> list[int]:
 def equal(g: Graph, number: int, values: range) -> list[int]:
     """For each of some values whether a number [] is it."""
     all_of_them = g.const(np.arange(values.start, values.stop, dtype=np.int32))
-    return unpack(g, g.add("EQUAL", [number, all_of_them], ((len(values),), "bool")))
+    return unpack(g, g.add("EQUAL", [number, all_of_them], ((len(values),), BOOL)))

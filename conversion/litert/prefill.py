@@ -15,10 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from conversion.litert.experts import Experts
-from conversion.litert.flatbuffer import Graph, Kind
+from conversion.litert.flatbuffer import BOOL, F32, I32, Graph, Kind
 from conversion.litert.moving import reshape, split, take, unpack
 
-F32, I32, BOOL = "float32", "int32", "bool"
 # Rows of a small tile. XNNPACK's kernels take 4 rows at once on Arm (gemm-config.c) and 8 with AVX-512 on AMD:
 # 2 rows cost what 8 do, 9 twice as much, and 1 row, which has its own kernel, a fifth. Intel's AVX-512 with GFNI
 # takes 14 and would be faster with tiles of 14; AMD took 1.2 times as long with them for 128 tokens of one layer.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from conversion.litert.experts import Experts
-from conversion.litert.flatbuffer import Graph
+from conversion.litert.flatbuffer import BOOL, F32, Graph
 from conversion.litert.moving import reshape, unpack
 from conversion.litert.prefill import expand_prefill
 
@@ -32,6 +32,6 @@ def expand_decode(g: Graph, experts: Experts, x: int, ids: int, weights: int, ou
     """
     n, k = len(experts), g.shape(ids)[1]
     where, shares = (reshape(g, tensor, k, 1) for tensor in (ids, weights))
-    scales = g.add("SCATTER_ND", [where, shares, g.const([n, 1])], ((n, 1), "float32"))  # sums up what meets
-    chosen = unpack(g, g.add("NOT_EQUAL", [scales, g.const(np.float32(0))], ((n, 1), "bool")))
+    scales = g.add("SCATTER_ND", [where, shares, g.const([n, 1])], ((n, 1), F32))  # sums up what meets
+    chosen = unpack(g, g.add("NOT_EQUAL", [scales, g.const(np.float32(0))], ((n, 1), BOOL)))
     return experts.add_chosen(g, chosen, g.const(np.zeros((1, experts.width), np.float32)), x, scales, out)

@@ -83,7 +83,8 @@ def normalised(scores: jax.Array) -> jax.Array:
     """Scores, none negative, over the sum of the last axis and the 1e-20 that the published model adds to it.
 
     The gradient of a quotient has the square of its divisor in it, which float32 loses below 1e-19: sigmoids of a
-    token that no expert wants. So all three are first brought near 1 by a power of two, which changes no bits.
+    token that no expert wants. So all of it is first multiplied by the power of two that brings the largest score
+    near 1, which changes no bits.
     """
     most = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     factor = jnp.ldexp(jnp.float32(1), -jnp.frexp(jnp.maximum(most, 2.0**-126))[1])

@@ -46,19 +46,26 @@ def checkpoint_path(run_dir: AnyPath, step: int | None) -> epath.Path:
     return checkpoints_folder(run_dir) / str(steps[-1] if step is None else step)
 
 
-def final_step(run_dir: AnyPath) -> int:
-    """The newest complete checkpoint, which must be marked final; UserError where it is not or there is none.
+def final_checkpoint(run_dir: AnyPath) -> epath.Path:
+    """The folder of the newest complete checkpoint, which must be marked final; else a UserError.
 
     An older one may be marked, too, of a run that was finished and then extended: it is not what was asked for.
     """
     path = checkpoint_path(run_dir, None)
+    if not record_of(path).final:
+        raise UserError(f"{run_dir} stopped at step {path.name} and has no final checkpoint; finish it first")
+    return path
+
+
+def record_of(path: epath.Path) -> Record:
+    """The record of a checkpoint that a user named; UserError where it is damaged or was removed meanwhile."""
     try:
-        final = read_record(path).final
+        return read_record(path)
     except Damaged as damage:
         raise UserError(damaged_sentence(path, str(damage))) from None
-    if not final:
-        raise UserError(f"{run_dir} stopped at step {path.name} and has no final checkpoint; finish it first")
-    return int(path.name)
+    except FileNotFoundError:
+        require_present(path)
+        raise
 
 
 def health(run_dir: AnyPath) -> list[dict[str, Any]]:
@@ -141,4 +148,6 @@ def _state(path: epath.Path, suffix: str) -> tuple[Record | None, str, str | Non
     except Damaged as damage:
         return None, "damaged", str(damage)
     reason = wrong_size(path, record)
+    if reason is not None and not (path / FILE).exists():
+        return None, "half-written", "it is being removed"
     return record, "complete" if reason is None else "damaged", reason

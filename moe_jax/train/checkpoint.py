@@ -27,7 +27,7 @@ from moe_jax.train.catalogue import (
     clean,
     complete_records,
     complete_steps,
-    final_step,
+    final_checkpoint,
     health,
     remove,
     set_aside,
@@ -51,7 +51,7 @@ from moe_jax.train.stored import (
 )
 
 __all__ = [
-    "Checkpoints", "checkpoint_path", "complete_steps", "config_of", "describe", "final_step", "health",
+    "Checkpoints", "checkpoint_path", "complete_steps", "config_of", "describe", "final_checkpoint", "health",
     "load_parameters", "restore_model", "verify",
 ]  # fmt: skip
 
@@ -143,10 +143,6 @@ class Checkpoints:
                 "them all to train from the start"
             )
         return None
-
-    def metadata(self, step: int | None = None) -> dict[str, Any]:
-        """The stored JSON alone: config, data position, tokenizer hash."""
-        return describe(checkpoint_path(self.run_dir, step))[0]
 
     def mark_final(self, step: int) -> None:
         """Let a complete checkpoint count as the run's last."""

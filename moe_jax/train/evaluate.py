@@ -35,7 +35,7 @@ def evaluate(run_dir: AnyPath, overrides: list[str] | None = None) -> dict[str, 
     tokenizer.require(cfg.model.vocab_size, stored["tokenizer"])
     sources = list(zip(cfg.data.heldout, heldout_rows(cfg.data, tokenizer), strict=True))
     mesh = single_device_mesh()
-    params, biases = restore_model(run_dir, abstract_state(cfg, mesh), int(path.name))
+    params, biases = restore_model(path, abstract_state(cfg, mesh))
     step = make_eval_step(cfg, mesh)
     nats, tokens, size = {"text": 0.0, "chat": 0.0}, 0, max(1, _TOKENS // cfg.data.seq_len)
     with tqdm(total=sum(len(rows) for _, rows in sources), desc="held-out", unit="row", disable=None) as bar:

@@ -17,9 +17,9 @@ from moe_jax.errors import UserError
 from moe_jax.files import AnyPath, location
 from moe_jax.overrides import differences
 from moe_jax.progress import time_left
-from moe_jax.train.catalogue import checkpoint_path, complete_records, health
+from moe_jax.train.catalogue import checkpoint_path, complete_records, health, record_of
 from moe_jax.train.checkpoint import config_of, verify
-from moe_jax.train.checksums import FILE, read_record
+from moe_jax.train.checksums import FILE
 from moe_jax.train.retention import best_step
 from moe_jax.train.stored import describe
 
@@ -36,7 +36,7 @@ def inspect(path: AnyPath) -> dict[str, Any]:
     path = _checkpoint(location(path))
     verify(path, progress=_Progress(f"reading {path}"))
     metadata, shapes = describe(path)
-    record, run_dir = read_record(path), path.parent.parent
+    record, run_dir = record_of(path), path.parent.parent
     trees = {
         tree: {
             name: {

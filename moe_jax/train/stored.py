@@ -50,9 +50,8 @@ def load_parameters(run_dir: AnyPath, step: int | None = None) -> tuple[RunConfi
     return config_of(path, metadata), {k: np.asarray(v) for k, v in loaded.items()}
 
 
-def restore_model(run_dir: AnyPath, abstract: Any, step: int | None = None) -> tuple[Any, Any]:
-    """(params, biases) of a checkpoint, by default the last, on the shardings of the abstract train state."""
-    path = checkpoint_path(run_dir, step)
+def restore_model(path: epath.Path, abstract: Any) -> tuple[Any, Any]:
+    """(params, biases) of a checkpoint on the shardings of the abstract train state; UserError if it is damaged."""
     verify(path, model_only=True)
     loaded = restore_arrays(path, {"params": abstract.params, "biases": abstract.biases}, describe(path)[1])
     return loaded["params"], loaded["biases"]
@@ -128,6 +127,7 @@ def describe(path: epath.Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]
     except Exception as error:
         require_present(path)
         raise _unreadable(path, reason_of(error)) from error
+    require_present(path)
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of this trainer or is damaged; name another folder")
     if any(not isinstance(trees.get(name), dict) for name in ("model", "optimizer")):

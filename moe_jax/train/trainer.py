@@ -31,8 +31,8 @@ from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.processes import barrier, is_first
 from moe_jax.run_lock import exclusive
 from moe_jax.train.agreement import by_first, together
-from moe_jax.train.catalogue import checkpoint_path, complete_records, complete_steps
-from moe_jax.train.checkpoint import Checkpoints, config_of, final_step, restore_model
+from moe_jax.train.catalogue import complete_records, complete_steps
+from moe_jax.train.checkpoint import Checkpoints, config_of, describe, final_checkpoint, restore_model
 from moe_jax.train.goodput import Goodput
 from moe_jax.train.guard import BadStep, LossGuard
 from moe_jax.train.heldout import HeldoutLoss
@@ -230,13 +230,13 @@ class _Trainer:
         cfg = self.cfg
         if not cfg.init_from:
             return init_state(cfg, self.mesh)
-        step = final_step(cfg.init_from)
-        stored = Checkpoints(cfg.init_from, cfg.checkpoint).metadata(step)
+        path = final_checkpoint(cfg.init_from)
+        stored, _ = describe(path)
         self.tokenizer.require(cfg.model.vocab_size, stored["tokenizer"])
-        if changes := changed_model(config_of(checkpoint_path(cfg.init_from, step), stored), cfg):
+        if changes := changed_model(config_of(path, stored), cfg):
             print(f"starting from {cfg.init_from} as another model: {listed(changes)}", file=sys.stderr, flush=True)
             self.history.event("model_changed", 0, changes={k: list(v) for k, v in changes.items()})
-        params, biases = restore_model(cfg.init_from, abstract_state(cfg, self.mesh), step)
+        params, biases = restore_model(path, abstract_state(cfg, self.mesh))
         return replace(init_state(cfg, self.mesh), params=params, biases=biases)
 
     def _train(self, start: int, metrics: Metrics) -> BadStep | None:

@@ -127,14 +127,15 @@ def test_an_existing_output_is_kept(run, tmp_path, name):
 
 
 def test_a_failed_overwrite_leaves_the_old_files_and_nothing_else(run, tmp_path):
+    output = tmp_path / "m.litertlm"
     for name in ("m.litertlm", "m.safetensors"):
         (tmp_path / name).write_text("mine")
     # A limit on file size fails the same write calls as a full disk, and needs no disk to fill.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
-        with pytest.raises(UserError, match=r"cannot write .*m\.(litertlm|safetensors).*free the disk"):
-            export(run, tmp_path / "m.litertlm", prefill=(4,), overwrite=True)
+        with pytest.raises(UserError, match=rf"cannot write {output}: .*free the disk"):
+            export(run, output, prefill=(4,), overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"m.litertlm": "mine", "m.safetensors": "mine"}

@@ -24,7 +24,7 @@ from moe_jax.errors import UserError
 from moe_jax.generate import Generator
 from moe_jax.overrides import from_dict
 from moe_jax.parallel.mesh import single_device_mesh
-from moe_jax.train.checkpoint import Checkpoints, final_step, load_parameters
+from moe_jax.train.checkpoint import Checkpoints, final_checkpoint, load_parameters
 from moe_jax.train.state import abstract_state
 from moe_jax.train.trainer import fit
 from tests.conversion.folders import (
@@ -93,7 +93,7 @@ def test_int4_goes_in_out_and_in_without_a_bit_changed(int4, tmp_path):
 def test_an_imported_folder_is_a_finished_run_of_its_config(bf16):
     _, run = bf16
     config = from_dict(RunConfig, json.loads((run / "config.json").read_text()))
-    assert config.model == TINY and config.quant is None and final_step(run) == 1
+    assert config.model == TINY and config.quant is None and final_checkpoint(run).name == "1"
     assert config.data.tokenizer == str(run / "tokenizer.json")
     stored, parameters = load_parameters(run)
     assert stored == config and parameters.keys() == keymap.jax_shapes(TINY).keys()

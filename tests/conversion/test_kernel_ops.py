@@ -58,7 +58,9 @@ def product_of(path: str, threads: int, weight: Int4, x: np.ndarray) -> tuple[in
     return function("linear")(path.encode(), threads, options, len(x), *places), y
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 32), (1, 768, 768), (1, 32, 4160), (37, 48, 64), (130, 1040, 96)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 32), (1, 768, 768), (1, 32, 4160), (37, 48, 64), (130, 1040, 96)], ids=str
+)
 def test_a_product_equals_the_definition_and_all_paths_and_threads_give_the_same_bits(shape):
     tokens, outputs, inputs = shape
     rng = np.random.default_rng(outputs)

@@ -16,7 +16,7 @@ import configs
 from launch.status import render, run_status
 from moe_jax.errors import UserError
 from moe_jax.files import read_lines
-from moe_jax.train.catalogue import final_step
+from moe_jax.train.catalogue import final_checkpoint
 from tests.launch.pod_jobs import run
 
 STAGES = ["pretrain", "midtrain", "sft", "qat"]
@@ -118,7 +118,7 @@ def test_four_stages_killed_in_the_third_go_on_and_are_skipped_when_complete(tin
     first.communicate()
     again = subprocess.run(command, env=tiny.env, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert [final_step(folder / stage) for stage in STAGES] == [40] * 4
+    assert [final_checkpoint(folder / stage).name for stage in STAGES] == ["40"] * 4
     assert starts(folder) == {"pretrain": 1, "midtrain": 1, "sft": 2, "qat": 1}
     status = run_status(str(folder))
     assert [stage["stage"] for stage in status["stages"]] == STAGES and status["complete"]

@@ -16,7 +16,7 @@ from launch.record import write_record
 from launch.status import history, last_steps, render, run_status
 from moe_jax.files import location
 from moe_jax.run_lock import exclusive, holder
-from moe_jax.train import checkpoint
+from moe_jax.train import catalogue, checkpoint
 from moe_jax.train.catalogue import remove
 
 
@@ -72,6 +72,20 @@ def test_a_checkpoint_that_the_run_keeps_no_longer_is_left_out(finished, tmp_pat
     monkeypatch.setattr(checkpoint, "verify", kept_no_longer)
     (stage,) = run_status(str(run), verify=True)["stages"]
     assert [(c["step"], c["state"]) for c in stage["checkpoints"]] == [(12, "complete")]
+
+
+def test_a_checkpoint_that_goes_while_its_files_are_listed_is_not_damaged(finished, tmp_path, monkeypatch):
+    run = shutil.copytree(finished, tmp_path / "run")
+    wrong_size = catalogue.wrong_size
+
+    def kept_no_longer(path, record):
+        if path.name == "8":
+            remove(path)
+        return wrong_size(path, record)
+
+    monkeypatch.setattr(catalogue, "wrong_size", kept_no_longer)
+    (stage,) = run_status(str(run))["stages"]
+    assert [(c["step"], c["state"]) for c in stage["checkpoints"]] == [(8, "half-written"), (12, "complete")]
 
 
 def test_a_flipped_byte_is_seen_by_verify_and_a_short_file_without_it(finished, tmp_path, capsys):

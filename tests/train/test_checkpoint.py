@@ -21,8 +21,8 @@ from moe_jax.model.describe import describe
 from moe_jax.overrides import to_dict
 from moe_jax.parallel.mesh import single_device_mesh
 from moe_jax.train import checkpoint, stored
-from moe_jax.train.catalogue import remove
-from moe_jax.train.checkpoint import Checkpoints, complete_steps, final_step, health, load_parameters
+from moe_jax.train.catalogue import checkpoint_path, remove
+from moe_jax.train.checkpoint import Checkpoints, complete_steps, final_checkpoint, health, load_parameters
 from moe_jax.train.checksums import Record, digest, file_sizes, write_record
 from moe_jax.train.state import abstract_state, init_state
 from tests.train.conftest import restore
@@ -212,10 +212,10 @@ def test_half_written_folders_do_not_count_and_are_cleaned(run):
 
 
 def test_the_newest_final_checkpoint_is_found(run):
-    assert final_step(run) == 12
+    assert final_checkpoint(run).name == "12"
     shutil.rmtree(run / "checkpoints/12")
     with pytest.raises(UserError, match="stopped at step 8 and has no final checkpoint; finish it first"):
-        final_step(run)
+        final_checkpoint(run)
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path):
@@ -282,7 +282,7 @@ def test_a_save_that_cannot_start_names_path_and_mend(tiny, state, tmp_path):
 
 
 def test_stored_json_holds_config_data_and_tokenizer(tiny, finished):
-    metadata = Checkpoints(finished).metadata()
+    metadata, _ = stored.describe(checkpoint_path(finished, None))
     assert {"format", "config", "data", "tokenizer"} <= set(metadata)
     assert metadata["config"] == json.loads((finished / "config.json").read_text())
     assert metadata["data"]["position"] == {"next_index": 12}

@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.train import trainer
-from moe_jax.train.checkpoint import Checkpoints
+from moe_jax.train.checkpoint import Checkpoints, checkpoint_path, describe
 from moe_jax.train.metrics import Metrics, read_metrics
 from moe_jax.train.trainer import _Pending, _Trainer
 from tests.train.test_trainer import RARE, altered, losses
@@ -55,7 +55,7 @@ def test_a_run_whose_folder_was_taken_over_saves_no_more(tiny, tmp_path, monkeyp
 
 
 def test_a_resumed_run_judges_a_spike_by_the_losses_before_its_checkpoint(tiny, finished, tmp_path, monkeypatch):
-    stored = Checkpoints(finished).metadata()["recent_losses"]
+    stored = describe(checkpoint_path(finished, None))[0]["recent_losses"]
     assert stored == list(losses(finished).values())
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints/12")

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.errors import Preempted, UserError
 from moe_jax.train import stages, trainer
-from moe_jax.train.checkpoint import complete_steps, final_step, load_parameters
+from moe_jax.train.checkpoint import complete_steps, final_checkpoint, load_parameters
 from moe_jax.train.metrics import read_metrics
 from moe_jax.train.stages import run_stages
 from tests.train.test_trainer import events, stopped_after
@@ -56,7 +56,7 @@ def test_a_run_ended_early_is_finished_and_one_extended_is_not(tiny, finished, t
     eight = tiny.variant("steps=8")
     assert not trainer.is_complete(eight, run)
     tiny.fit(run, "steps=8")
-    assert trainer.is_complete(eight, run) and final_step(run) == 8
+    assert trainer.is_complete(eight, run) and final_checkpoint(run).name == "8"
     with pytest.raises(Preempted):
         stopped_after(monkeypatch, 9, lambda: tiny.fit(run, "steps=16"))
     with pytest.raises(UserError, match=r"stopped at step 1\d and has no final checkpoint; finish it"):

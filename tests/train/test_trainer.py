@@ -23,7 +23,7 @@ from moe_jax.data.tokenized import tokenize_source
 from moe_jax.errors import Preempted, UserError
 from moe_jax.files import read_lines
 from moe_jax.train import evaluate as evaluation
-from moe_jax.train.checkpoint import Checkpoints, complete_steps
+from moe_jax.train.checkpoint import checkpoint_path, complete_steps, describe
 from moe_jax.train.goodput import KINDS
 from moe_jax.train.metrics import Metrics, read_metrics
 from moe_jax.train.trainer import fit
@@ -94,7 +94,7 @@ def test_a_bad_batch_is_skipped_for_good_after_going_back(tiny, tmp_path, monkey
     assert [(e["step"], e["batch"]) for e in events(run, "bad_step")] == [(6, 5), (9, 9)]
     assert [e["to"] for e in events(run, "rolled_back")] == [4, 8]
     assert "loss is nan at step 6 on batch 5: back to step 4, past that batch" in capsys.readouterr().err
-    stored = Checkpoints(run, tiny.cfg.checkpoint).metadata()
+    stored, _ = describe(checkpoint_path(run, None))
     assert stored["data"]["skipped"] == [5, 9] and stored["data"]["batch_number"] == 14
     # Interrupted between going back and the next checkpoint, it meets the batch again and judges alike.
     other = tmp_path / "other"

@@ -14,34 +14,34 @@
 namespace moe_jax {
 namespace {
 
-// Fetches weights some way behind `at`: the hardware's own prefetcher stops at pages. Those of one row are used once
-// and go past the L2 cache; those of more rows are used again by the next rows.
-template <int M>
+// Fetches weights that come some way after `at`: the hardware's own prefetcher stops at pages. Those that are used
+// once go past the L2 cache.
+template <bool kOnce>
 void fetch(const uint8_t* at) {
-  if constexpr (M == 1)
+  if constexpr (kOnce)
     _mm_prefetch(at + 6144, _MM_HINT_NTA);
   else
     _mm_prefetch(at + 16384, _MM_HINT_T1);
 }
 
 // Scales of one group's blocks. For one row they are copied, so that weights are read strictly in the order in which
-// they lie: in two streams, scales beside nibbles, a token of size S took 1.2 times as long (AMD; memory gave 40 of its
-// 50 GB/s). More rows compute for longer than they read.
-template <int M>
+// they lie: in two streams, scales beside nibbles, a token of size S took 1.2 times as long (Zen 5, whose memory gave
+// 40 of its 50 GB/s). More rows compute for longer than they read.
+template <int M, bool kOnce>
 class Scales {
  public:
   Scales(const uint8_t* scales, int blocks) : scales_(scales), blocks_(blocks) {}
 
   const uint8_t* of(int block) {
     if constexpr (M > 1) {
-      fetch<M>(scales_ + 32 * block);
+      fetch<kOnce>(scales_ + 32 * block);
       return scales_ + 32 * block;
     }
     if (block % kCopied == 0 && block != held_) {
       held_ = block;
       const int count = std::min(kCopied, blocks_ - block);
       for (int i = 32 * block; i < 32 * (block + count); i += 32) {
-        fetch<M>(scales_ + i);
+        fetch<kOnce>(scales_ + i);
         std::memcpy(copy_ + i % sizeof copy_, scales_ + i, 32);
       }
     }
@@ -69,18 +69,19 @@ MOE_JAX_ROWS(AVX512, 16)
 
 template <int M>
 AVX512 void tile(const uint8_t* weights, int groups, int inputs, const Rows& rows, float* out, size_t stride) {
+  constexpr bool kOnce = M == 1;  // after more rows come others, for the same weights
   const int blocks = inputs / kBlock;
   const __m512i mask = _mm512_set1_epi8(static_cast<char>(0xF0));
   for (int g = 0; g < groups; g++, weights += group_bytes(inputs)) {
     const uint8_t* nibbles = weights + 64 + 32 * blocks;
-    Scales<M> scales(weights + 64, blocks);
+    Scales<M, kOnce> scales(weights + 64, blocks);
     __m512 sums[M];
     for (int m = 0; m < M; m++) sums[m] = _mm512_mul_ps(_mm512_loadu_ps(weights), _mm512_set1_ps(rows.zero[m]));
     for (int b = 0; b < blocks; b++, nibbles += 256) {
       const auto* halves = reinterpret_cast<const __m256i*>(scales.of(b));
       __m512i codes[8];
       for (int d = 0; d < 4; d++) {
-        fetch<M>(nibbles + 64 * d);
+        fetch<kOnce>(nibbles + 64 * d);
         const __m512i pairs = _mm512_loadu_si512(nibbles + 64 * d);
         codes[2 * d] = _mm512_and_si512(_mm512_slli_epi32(pairs, 4), mask);
         codes[2 * d + 1] = _mm512_and_si512(pairs, mask);
@@ -119,8 +120,8 @@ namespace narrow {
 
 MOE_JAX_ROWS(AVX2, 8)
 
-// Eight columns at a time. Sums of products are kept in 16 bits, which a block cannot overflow as long as codes
-// are not multiplied by 16 (255 * 8 * 16 = 32640); so the scales are.
+// Eight columns at a time, so weights are used twice. Sums of products are kept in 16 bits, which a block cannot
+// overflow as long as codes are not multiplied by 16 (255 * 8 * 16 = 32640); so the scales are.
 template <int M>
 AVX2 void tile(const uint8_t* weights, int groups, int inputs, const Rows& rows, float* out, size_t stride) {
   const int blocks = inputs / kBlock;
@@ -128,7 +129,7 @@ AVX2 void tile(const uint8_t* weights, int groups, int inputs, const Rows& rows,
   const __m256i signs = _mm256_broadcastsi128_si256(
       _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
   for (int g = 0; g < groups; g++, weights += group_bytes(inputs)) {
-    Scales<M> scales(weights + 64, blocks);
+    Scales<M, false> scales(weights + 64, blocks);
     for (int half = 0; half < 2; half++) {
       const uint8_t* nibbles = weights + 64 + 32 * blocks + 32 * half;
       const __m256 base = _mm256_loadu_ps(reinterpret_cast<const float*>(weights + 32 * half));
@@ -138,7 +139,7 @@ AVX2 void tile(const uint8_t* weights, int groups, int inputs, const Rows& rows,
         const auto* halves = reinterpret_cast<const __m128i*>(scales.of(b) + 16 * half);
         __m256i codes[8];
         for (int d = 0; d < 4; d++) {
-          fetch<M>(nibbles + 64 * d);
+          fetch<false>(nibbles + 64 * d);
           const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles + 64 * d));
           codes[2 * d] = _mm256_shuffle_epi8(signs, _mm256_and_si256(pairs, mask));
           codes[2 * d + 1] = _mm256_shuffle_epi8(signs, _mm256_and_si256(_mm256_srli_epi16(pairs, 4), mask));
