@@ -96,10 +96,15 @@ def test_a_trained_model_chooses_the_same_tokens_of_text_it_never_saw(tmp_path):
     tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
     ids = [tokenizer.bos, *tokenizer.encode("".join(list(corpus.stdlib_texts(True))[:3]))][:TOKENS]
     got = their_logits(tmp_path / "m.gguf", ids)
-    for activations in (False, True):
-        want = Generator(run.model, parameters, QuantConfig(32, activations)).logits(ids)
+    exact = Generator(run.model, parameters, QuantConfig(32, False)).logits(ids)
+    with mock.patch("moe_jax.model.layers.fake_quant_rows", in_blocks):
+        alike = Generator(run.model, parameters, QuantConfig(32, True)).logits(ids)
+    # Not held to JAX with a scale a row: of a model trained so little, that and none at all choose 1 % differently.
+    for want in (exact, alike):
         assert (got.argmax(-1) == want.argmax(-1)).mean() >= 0.99
         assert np.median(np.abs(got - want)) < 0.01 * want.std()
+    assert np.median(np.abs(got - alike)) < 0.5 * np.median(np.abs(alike - exact))
+    assert np.abs(got - exact).max() < 1.5 * np.abs(alike - exact).max()
 
 
 @pytest.fixture(scope="module")
