@@ -9,6 +9,7 @@ width, E experts, K experts per token, F expert width, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol, cast
 
@@ -244,7 +245,7 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """The model's stages, so that any cache and any head can be put on; `_float` says where norms and bias are."""
 
     def __init__(self, config: ModelConfig, ops: Ops, length: int):
@@ -301,8 +302,9 @@ class Decoder(nn.Module):
         name = f"model.layers.{layer}.feed_forward.expert_bias"
         return self._float(name) if moe.use_expert_bias else torch.zeros(moe.num_experts)
 
+    @abstractmethod
     def _float(self, name: str) -> Tensor:
-        raise NotImplementedError
+        """A tensor that is not quantised, by its name."""
 
 
 class MobileMoE(Decoder):
