@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit gguf realsize arm chaos bench restore format clean
+.PHONY: help setup demo test lint types unit gguf executorch realsize arm chaos bench restore format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,10 +43,10 @@ types: $(INSTALLED)  ## pyrefly
 	$(PY) -m pyrefly check
 
 # One thread a worker, or two workers on two cores would fight; programs compiled once are shared.
-unit gguf realsize arm: export JAX_PLATFORMS := cpu
-unit gguf realsize arm: export OMP_NUM_THREADS := 1
-unit gguf realsize arm: export XLA_FLAGS := --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0
-unit gguf realsize arm: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
+unit gguf executorch realsize arm: export JAX_PLATFORMS := cpu
+unit gguf executorch realsize arm: export OMP_NUM_THREADS := 1
+unit gguf executorch realsize arm: export XLA_FLAGS := --xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0
+unit gguf executorch realsize arm: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 unit: $(INSTALLED)  ## pytest alone; ARGS='tests/data -k packing' to choose
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
@@ -56,6 +56,10 @@ chaos: $(INSTALLED)  ## kill, damage and fill up a run until 39 faults are survi
 gguf: $(INSTALLED)  ## exported files in llama.cpp itself, which is built from source first (many minutes)
 	$(PY) -m pip install -qq --no-compile -r requirements/gguf.txt
 	$(PY) -m pytest tests/conversion/gguf $(ARGS)
+
+executorch: $(INSTALLED)  ## exported files in ExecuTorch itself, which is installed first (5 minutes)
+	$(PY) -m pip install -qq --no-compile -r requirements/executorch.txt
+	$(PY) -m pytest tests/conversion/executorch $(ARGS)
 
 realsize: $(INSTALLED)  ## import and export at the true shapes of size S (long; 20 GB of disk)
 	$(PY) -m pytest tests/conversion/real_size $(ARGS)

@@ -14,6 +14,7 @@ from typing import Any
 
 from conversion import bench_commands, gguf, hf
 from conversion.command_options import add_checkpoint, add_threads, lengths, options, say
+from conversion.executorch import command as executorch
 from conversion.litert import FORMS
 from moe_jax.command_line import add_command, add_json, at_least, guarded, heed_interrupts, make_parser, parse, seed
 from moe_jax.config import RunConfig
@@ -37,6 +38,7 @@ From the released folders to a run that training goes on from, and to other engi
   python -m conversion import downloads/MobileMoE-S-SFT runs/s/sft
   python -m conversion export-hf runs/s/qat out/s-qat --format int4-g32 --allow-requantization
   python -m conversion gguf runs/s/qat s.gguf
+  python -m conversion executorch runs/s/qat s.pte
 
 Exit status: 0, 1 if verify finds that something differs, 2 after one sentence on what to mend.
 """
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it is announced
     # torch, torchao and the converter speak of their own insides; errors still come through as exceptions.
     warnings.simplefilter("ignore")
-    for name in ("torchao", "torch.utils._pytree"):
+    for name in ("torchao", "torch.utils._pytree", "torch._export", "executorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return guarded(_run, arguments)
 
@@ -122,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 
     hf.add_commands(commands)
     gguf.add_commands(commands, _config)
+    executorch.add_commands(commands, _config)
     bench_commands.add_commands(commands, _config)
     return parser
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from llama_cpp import Llama  # pyrefly: ignore[missing-import]  (an extra)
+from llama_cpp import Llama
 
 
 class LlamaCpp:

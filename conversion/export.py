@@ -63,9 +63,7 @@ def export(
 
     def quantise(folder: Path) -> Weights:
         say("writing INT4 codes and scales")
-        arrays = _weights.quantised(source.parameters, config, group)
-        _weights.write_safetensors(arrays, config, group, folder / tensors.name)
-        return _weights.load_safetensors(folder / tensors.name)
+        return _weights.through_file(source.parameters, config, group, folder / tensors.name)
 
     context = context or source.run.data.seq_len
     result = write(quantise, config, source.tokenizer_file, output, context, say=say, **options)

@@ -62,9 +62,8 @@ def export_run(
     output.parent.mkdir(parents=True, exist_ok=True)
     with writing(output), tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         # By way of a file, because each tensor is wanted at another time than it comes.
-        codes = Path(folder) / "codes.safetensors"
-        weights.write_safetensors(weights.quantised(source.parameters, config, group), config, group, codes)
-        return gguf_file.write_gguf(weights.load_safetensors(codes), output, file, kind=kind)
+        codes = weights.through_file(source.parameters, config, group, Path(folder, "codes.safetensors"))
+        return gguf_file.write_gguf(codes, output, file, kind=kind)
 
 
 def export_random(

@@ -27,50 +27,35 @@ from moe_jax.ops import fake_quant
 EMBEDDING = "model.embed_tokens"
 
 
-class Ops(Protocol):
-    """What may have its own form in a file: products of weights, by name, what reads the cache, half a layer."""
+class Ops(ABC):
+    """What of a model may have its own form: products of INT4 weights, by name, and the halves of a layer."""
 
+    @abstractmethod
     def linear(self, x: Tensor, names: tuple[str, ...]) -> Tensor:
         """x [..., in] times the weights [out, in], one below the other: [..., sum of out]."""
-        ...
 
+    @abstractmethod
     def feed_forward(self, x: Tensor, gate_up: tuple[str, str], down: str) -> Tensor:
         """x [..., D] through a gated feed-forward with these weights, [F, D] twice and [D, F]: x's shape."""
-        ...
 
-    def router(self, h: Tensor, name: str) -> Tensor:
-        """h [T, D] times the float32 weight [E, D], activations left alone: [T, E]."""
-        ...
-
+    @abstractmethod
     def embedding(self, tokens: Tensor, name: str) -> Tensor:
-        """Rows of the table [V, D] at int32 tokens [T]: [T, D]."""
-        ...
+        """Rows of the table [V, D] at integer tokens [T]: [T, D]."""
 
-    def experts(self, h: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
-        """Sum over k of weights [T, K] times the feed-forward of expert ids [T, K] (int32) on h [T, D]."""
-        ...
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, name: str) -> Tensor:
-        """Softmax of q [B, G, N/G*S, H] times k [B, G, C, H] plus mask [1, 1, S, C], times v: q's shape.
-
-        The rows of a group are its heads one after the other, S positions each.
-        """
-        ...
-
+    @abstractmethod
     def self_attention(self, layer: int, x: Tensor, norm: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
         """The first half of a layer: x [B, S, D] plus what it sees of the cache, after a norm of weight [D].
 
         `around` is turn [H, H], which takes adjacent pairs (a, b) to (-b, a), cosines and sines [S, 1, H], which
         have each value twice, and mask [1, 1, S, C].
         """
-        ...
 
+    @abstractmethod
     def mixture(self, layer: int, x: Tensor, norm: Tensor, bias: Tensor) -> Tensor:
-        """The second half of a layer with experts: x [B, S, D] plus what the chosen and the shared make of it.
+        """The second half of a layer with experts: x [B, S, D] + routed experts + shared expert, after a norm.
 
         `bias` [E] only helps choose.
         """
-        ...
 
 
 class Cache(Protocol):
@@ -108,17 +93,32 @@ class StaticCache:
 
 
 class Composed(Ops):
-    """The halves of a layer, made of the other operations and of ordinary tensor functions."""
+    """The halves of a layer, made of smaller operations and of ordinary tensor functions."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
+
+    @abstractmethod
+    def router(self, h: Tensor, name: str) -> Tensor:
+        """h [T, D] times the float32 weight [E, D], activations left alone: [T, E]."""
+
+    @abstractmethod
+    def experts(self, h: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
+        """Sum over k of weights [T, K] times the feed-forward of expert ids [T, K] (int32) on h [T, D]."""
+
+    @abstractmethod
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, name: str) -> Tensor:
+        """Softmax of q [B, G, N/G*S, H] times k [B, G, C, H] plus mask [1, 1, S, C], times v: q's shape.
+
+        The rows of a group are its heads one after the other, S positions each.
+        """
 
     def self_attention(self, layer: int, x: Tensor, norm: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
         """See `Ops.self_attention`."""
         c, (turn, cos, sin, mask), name = self.config, around, f"model.layers.{layer}.self_attn"
         n, g, width = c.num_heads, c.num_kv_heads, c.head_dim
         batch, length, _ = x.shape
-        qkv = self.linear(normed(x, norm, c.norm_eps), tuple(f"{name}.{part}_proj" for part in "qkv"))
+        qkv = self.linear(normed(x, norm, c.norm_eps), qkv_names(name))
         qkv = qkv.reshape(batch, length, n + 2 * g, width)
         qk, v = qkv[:, :, : n + g], qkv[:, :, n + g :]
         qk = qk * inverse_rms(qk, c.norm_eps) if c.qk_norm else qk
@@ -181,7 +181,7 @@ class Reference(Composed):
         return self.linear(gated(self.linear(x, gate_up), self._weights.config.activation), (down,))
 
     def router(self, h: Tensor, name: str) -> Tensor:
-        """See `Ops.router`."""
+        """See `Composed.router`."""
         return h @ torch.from_numpy(self._weights.float(name)).T
 
     def embedding(self, tokens: Tensor, name: str) -> Tensor:
@@ -189,7 +189,7 @@ class Reference(Composed):
         return self._float((name,))[tokens.long()]
 
     def experts(self, h: Tensor, ids: Tensor, weights: Tensor, name: str) -> Tensor:
-        """See `Ops.experts`."""
+        """See `Composed.experts`."""
         gate_up = self._weights.int4(f"{name}.gate_up_proj").dequantize()
         down = self._weights.int4(f"{name}.down_proj").dequantize()
         out = torch.zeros_like(h)
@@ -202,7 +202,7 @@ class Reference(Composed):
         return out
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, name: str) -> Tensor:
-        """See `Ops.attention`."""
+        """See `Composed.attention`."""
         scores = q @ k.mT + mask.repeat(1, 1, q.shape[2] // mask.shape[2], 1)
         return torch.softmax(scores, dim=-1) @ v
 
@@ -230,6 +230,11 @@ def inverse_rms(x: Tensor, epsilon: float) -> Tensor:
 def normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x [..., D] over its root mean square, times `weight` [D]."""
     return x * inverse_rms(x, epsilon) * weight
+
+
+def qkv_names(name: str) -> tuple[str, str, str]:
+    """The weights of an attention that read its input."""
+    return f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"
 
 
 def swiglu(name: str) -> tuple[tuple[str, str], str]:

