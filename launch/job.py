@@ -43,7 +43,7 @@ class Job:
     max_restarts: int = 10  # after crashes; preemptions are not counted where the engine can tell
     service_account: str = ""  # gke
     mount: bool = False  # gke: the bucket as a folder instead of gs://
-    host_network: bool = True  # gke, of several slices
+    host_network: bool = True  # gke: privileged pods, those of several slices on the host's network
     zone: str = ""  # queued, xpk
     project: str = ""  # queued, xpk
     cluster: str = ""  # xpk

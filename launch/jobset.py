@@ -122,6 +122,9 @@ def _pod_template(job: Job) -> dict[str, Any]:
         "env": [{"name": name, "value": kubernetes_literal(value)} for name, value in job.env.items()],
         "resources": {"limits": {"google.com/tpu": kind.chips_per_host}},
         "volumeMounts": mounts,
+        # The driver locks the memory through which it talks to the chips, more than a container may by itself:
+        # https://cloud.google.com/kubernetes-engine/docs/how-to/tpus#privileged-mode
+        "securityContext": {"privileged": job.host_network},
     }
     spec: dict[str, Any] = {
         "restartPolicy": "Never",
@@ -135,7 +138,6 @@ def _pod_template(job: Job) -> dict[str, Any]:
         spec["serviceAccountName"] = job.service_account
     if on_host_network(job):
         spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
-        container["securityContext"] = {"privileged": True}
     return ({"metadata": metadata} if metadata else {}) | {"spec": spec}
 
 
@@ -165,9 +167,10 @@ def hints(job: Job) -> list[str]:
     pool = [
         "gcloud", "container", "node-pools", "create", f"{job.name}-0", "--cluster=CLUSTER", "--location=LOCATION",
         "--node-locations=ZONE", f"--machine-type={kind.machine_type}", f"--num-nodes={kind.hosts}",
+        "--scopes=cloud-platform",  # by default nodes may only read buckets
     ]  # fmt: skip
     lines = []
-    if kind.family != "tpu7x":
+    if kind.hosts > 1 and kind.family != "tpu7x":  # a pool of single hosts has no shape
         pool.append(f"--tpu-topology={kind.topology}")
     elif kind.hosts > 1:  # its shape comes from a policy
         pool.append(f"--placement-policy={job.name}")
@@ -183,6 +186,7 @@ def hints(job: Job) -> list[str]:
         f"kubectl logs -f -l jobset.sigs.k8s.io/jobset-name={job.name} --prefix --max-log-requests="
         f"{job.slices * kind.hosts}",
         f"kubectl delete jobset {job.name}    # before the same name is submitted again",
+        f"gcloud container node-pools delete {job.name}-0 --cluster=CLUSTER --location=LOCATION  # ends the costs",
     ]
     if on_host_network(job):
         lines.append("# On the host network the node pool's service account reaches the bucket, not the pod's.")

@@ -34,20 +34,20 @@ class _Launcher(NamedTuple):
     submit: Callable[[Job], int]
 
 
-def _apply(job: Job) -> int:
-    return subprocess.run(
-        ["kubectl", "apply", "-f", "-"], input=jobset.render(job), text=True, stdout=2, check=False
-    ).returncode
+def _create_jobset(job: Job) -> int:
+    # Not `apply`, which finds a JobSet of this name that has ended "unchanged" and starts nothing.
+    command = ["kubectl", "create", "-f", "-"]
+    return subprocess.run(command, input=jobset.render(job), text=True, stdout=2, check=False).returncode
 
 
-def _create(job: Job) -> int:
+def _create_workload(job: Job) -> int:
     return subprocess.run(xpk.command_line(job), stdout=2, check=False).returncode
 
 
 LAUNCHERS = {
-    "gke": _Launcher("kubectl", "a JobSet manifest for GKE", jobset.render, jobset.hints, _apply),
+    "gke": _Launcher("kubectl", "a JobSet manifest for GKE", jobset.render, jobset.hints, _create_jobset),
     "queued": _Launcher("gcloud", "machines from a queued resource", queued.render, queued.hints, queued.submit),
-    "xpk": _Launcher("xpk", "an xpk workload", xpk.render, xpk.hints, _create),
+    "xpk": _Launcher("xpk", "an xpk workload", xpk.render, xpk.hints, _create_workload),
 }
 
 
@@ -60,19 +60,20 @@ def launch_job(job: Job, submit: bool, check_fit: CheckFit | None = None) -> int
     """Print a job, after it is found to fit; with `submit` also start and record it. The tool's exit status.
 
     Raises:
-        UserError: the config is mistyped, the job does not fit, or the tool is missing.
+        UserError: the config is mistyped, the job does not fit, or the tool or data that hosts reach is missing.
     """
     launcher, kind, stages = LAUNCHERS[job.launcher], job.slice, job.stages
     notes = [f"# {job.slices} x {kind.family}:{kind.topology}, {job.slices * kind.chips} chips on "
              f"{job.slices * kind.hosts} hosts; the run is {job.run}"]  # fmt: skip
-    costs = []
+    costs, missing = [], []
     for number, cfg in enumerate(stages, 1):
         if check_fit and (rate := check_fit(cfg, kind, job.slices, f"{number} of {len(stages)}")):
             costs.append(chip_hours(cfg, rate))
             notes.append(f"# {cfg.stage}: at least {costs[-1]:,.0f} chip-hours")
-        notes += [f"# {path} is neither in the bucket nor in the image" for path in _local_paths(cfg)]
+        missing += _local_paths(cfg)
     if len(costs) > 1:
         notes.append(f"# in all: at least {sum(costs):,.0f} chip-hours")
+    notes += [f"# {path} is neither in the bucket nor in the image" for path in dict.fromkeys(missing)]
     image = shell([job.image])
     notes.append(f"docker build -t {image} . && docker push {image}")
     text = launcher.render(job)
@@ -80,6 +81,11 @@ def launch_job(job: Job, submit: bool, check_fit: CheckFit | None = None) -> int
     print("\n".join([*notes, *launcher.hints(job)]), file=sys.stderr, flush=True)
     if not submit:
         return 0
+    if missing:
+        raise UserError(
+            f"{missing[0]} is on no host of the job; copy it to the bucket and name it there, as in "
+            "data.sources.0.path='gs://bucket/train/*.jsonl' data.tokenizer=gs://bucket/tokenizer.json"
+        )
     if shutil.which(launcher.tool) is None:
         raise UserError(
             f"{launcher.tool} is not on PATH; install it, or leave --submit out and take what is printed"
@@ -138,7 +144,7 @@ def add_pod_options(sub: Any, launchers: list[str], required: bool) -> None:
             "--no-host-network",
             dest="host_network",
             action="store_false",
-            help="several slices: the pod's own network and identity, unprivileged, slower",
+            help="unprivileged pods, for Autopilot; several slices: their own network and identity, slower",
         )
     if launchers != ["gke"]:
         sub.add_argument("--zone", default="")

@@ -9,6 +9,7 @@ from pathlib import Path
 from launch.job import Job, shell
 from moe_jax.errors import MISTAKEN, PREEMPTED, UserError
 
+_SOUND_SECONDS = 3600  # after a run of so long the crashes before it count no more
 _QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
 
 
@@ -20,7 +21,7 @@ def startup_script(job: Job) -> str:
     environment = [word for name, value in job.env.items() for word in ("--env", f"{name}={value}")]
     run = [
         "docker", "run", "--rm", "--name=train", "--privileged", "--network=host", "--ipc=host",
-        f"--stop-timeout={job.grace_seconds}", *environment, job.image, *job.command,
+        "--ulimit=memlock=-1", f"--stop-timeout={job.grace_seconds}", *environment, job.image, *job.command,
     ]  # fmt: skip
     registry = job.image.partition("/")[0]
     login = ""
@@ -28,11 +29,14 @@ def startup_script(job: Job) -> str:
         login = shell(["gcloud", "auth", "configure-docker", registry, "--quiet"]) + "\n"
     return f"""\
 #!/bin/bash
-{login}restarts=0
+{login}until docker pull {shell([job.image])}; do sleep 30; done
+restarts=0
 while true; do
   docker rm --force train 2>/dev/null
+  begun=$SECONDS
   {shell(run)}
   status=$?
+  [ $((SECONDS - begun)) -gt {_SOUND_SECONDS} ] && restarts=0
   case $status in
     0 | {MISTAKEN}) exit $status ;;
     {PREEMPTED}) ;;
@@ -112,4 +116,9 @@ def submit(job: Job) -> int:
 def hints(job: Job) -> list[str]:
     """What one should know."""
     delete = shell([*_QUEUED, "delete", job.name, "--force", *job.where])
-    return [f"{delete}    # until then the machines cost money, also after the training has ended"]
+    lines = [f"{delete}    # until then the machines cost money, also after the training has ended"]
+    if job.spot:
+        lines.append(
+            "# A preemption ends the resource: delete it and submit the same again, which goes on with the run."
+        )
+    return lines

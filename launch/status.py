@@ -21,7 +21,7 @@ from etils import epath
 from launch.record import RECORD, is_record
 from moe_jax.command_line import add_command, add_json
 from moe_jax.errors import UserError
-from moe_jax.files import location, parts, read_lines, write_json
+from moe_jax.files import folders_in, location, parts, read_lines, write_json
 from moe_jax.run_lock import holder
 from moe_jax.train.catalogue import checkpoints_folder, complete_steps, health
 
@@ -180,9 +180,7 @@ def _is_run(folder: epath.Path) -> bool:
 
 def _stage_folders(root: epath.Path, order: list[str]) -> list[epath.Path]:
     """In the order of the record, then of their first starts."""
-    if not root.is_dir():
-        return []
-    found = [path for path in root.iterdir() if _is_run(path)]
+    found = [path for path in folders_in(root) if _is_run(path)]
 
     def key(path: epath.Path) -> tuple[int, float]:
         events = read_lines(path / "events.jsonl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 
 from launch.job import Job, kubernetes_literal, shell
-from moe_jax.errors import HUNG, PREEMPTED, UserError
+from moe_jax.errors import HUNG, PREEMPTED, UNAVAILABLE, UserError
 
 _LEAST_V5E = 8  # chips: its smallest topology is 2x4
 _CRASHED = 1  # xpk by itself restarts on 42 and from 127 on
@@ -24,7 +24,8 @@ def command_line(job: Job) -> list[str]:
     words = [
         "xpk", "workload", "create", f"--cluster={job.cluster}", f"--workload={job.name}", f"--tpu-type={tpu_type}",
         f"--num-slices={job.slices}", f"--docker-image={job.image}", f"--command={inner_command(job.command)}",
-        f"--max-restarts={job.max_restarts}", f"--restart-on-exit-codes={_CRASHED},{PREEMPTED},{HUNG}",
+        f"--max-restarts={job.max_restarts}",
+        f"--restart-on-exit-codes={_CRASHED},{UNAVAILABLE},{PREEMPTED},{HUNG}",
         f"--termination-grace-period-seconds={job.grace_seconds}",
         *(f"--env={name}={value}" for name, value in job.env.items()), *job.where,
     ]  # fmt: skip

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax.errors import INTERRUPTED, MISTAKEN, PREEMPTED, Preempted, UserError
+from moe_jax.errors import INTERRUPTED, MISTAKEN, PREEMPTED, UNAVAILABLE, Preempted, UserError
 from moe_jax.files import is_remote, location
+from moe_jax.outages import is_denied, passes
 
 # Not ENOENT: a file that the program itself should have made is a fault of ours, and keeps its traceback.
 _BUCKETS = ("aiohttp", "gcsfs", "google")  # packages that raise what a bucket answers
@@ -131,9 +132,11 @@ def drop_output() -> None:
 
 def _sentence(error: Exception) -> str:
     """Cause and mend of what no code of ours could foresee; empty where it is a fault of ours."""
-    if type(error).__module__.partition(".")[0] in _BUCKETS:
-        reason = " ".join(str(error).split())[:300]
+    if passes(error) or type(error).__module__.partition(".")[0] in _BUCKETS:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         return f"a bucket cannot be reached ({reason}); check its name, the network and the access to it"
+    if is_denied(error):
+        return f"a bucket denies the access ({' '.join(str(error).split())[:300]}); grant it to the account in use"
     if not isinstance(error, OSError) or error.errno not in _MENDABLE:
         return ""
     where = ": ".join(filter(None, (error.filename2 or error.filename, error.strerror)))
@@ -175,8 +178,8 @@ def _require_place(option: str, path: object) -> None:
 def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
     """Call a command; its exit status.
 
-    What the user can mend becomes one sentence and MISTAKEN, a preemption PREEMPTED, Ctrl-C INTERRUPTED; the rest
-    keeps its traceback.
+    What the user can mend becomes one sentence and MISTAKEN, what passes by itself UNAVAILABLE, a preemption
+    PREEMPTED, Ctrl-C INTERRUPTED; the rest keeps its traceback.
     """
     try:
         for option in ("json", "profile"):  # told before minutes of work, not after them
@@ -194,12 +197,12 @@ def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
         drop_output()  # its reader, `head` say, has what it wants
         return 141  # what a shell calls an end by SIGPIPE
     except UserError as error:
-        said, status = f"error: {error}", MISTAKEN
+        said, status = f"error: {error}", UNAVAILABLE if passes(error) else MISTAKEN
     except Preempted as notice:
         said, status = f"preempted: {notice}", PREEMPTED
     except Exception as error:
         if not (sentence := _sentence(error)):
             raise
-        said, status = f"error: {sentence}", MISTAKEN
+        said, status = f"error: {sentence}", UNAVAILABLE if passes(error) else MISTAKEN
     print(said, file=sys.stderr, flush=True)
     return status

@@ -5,6 +5,7 @@ Command lines print their sentence; any other exception is a defect and keeps it
 
 MISTAKEN = 2  # a restart would meet the same error
 PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint is saved, start me again
+UNAVAILABLE = 69  # EX_UNAVAILABLE: a bucket does not answer, start me again
 INTERRUPTED = 130  # by Ctrl-C, as a shell calls it
 HUNG = 86  # the watchdog ended the process: start me again
 

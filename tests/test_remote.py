@@ -13,13 +13,16 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import requests
+from gcsfs import retry
 
 from moe_jax import files, run_lock
+from moe_jax.command_line import guarded
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data.pipeline import make_train_iterator
 from moe_jax.data.sources import iter_documents
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.errors import UserError
+from moe_jax.errors import MISTAKEN, UNAVAILABLE, UserError
 from moe_jax.files import (
     LineLog,
     cut_lines,
@@ -32,6 +35,8 @@ from moe_jax.files import (
     write_json,
 )
 from moe_jax.run_lock import exclusive
+from moe_jax.train.catalogue import clean, complete_steps, set_aside_names
+from moe_jax.train.run_folder import changed_options
 from tests.children import HOLD, child
 from tests.data.helpers import same, sentence, take, write
 from tests.object_store import BUCKET, object_store
@@ -110,6 +115,48 @@ def test_a_log_that_nobody_flushes_is_sent_by_itself(folder, monkeypatch):
         time.sleep(0.05)
     assert read_lines(f"{folder}/log.jsonl") == [{"n": 1}]
     log.close()
+
+
+OUTAGES = [
+    requests.exceptions.ProxyError(),
+    retry.aiohttp.client_exceptions.ClientConnectionError("reset by peer"),
+    TimeoutError(),
+    retry.HttpError({"code": 503, "message": "backend error"}),
+    retry.google.auth.exceptions.TransportError("no metadata server"),
+]
+DENIED = OSError("Forbidden: https://storage/b/o\naccount has no storage.objects.list access")
+
+
+def break_bucket(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    async def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("gcsfs.core.GCSFileSystem._call", fail)
+
+
+@pytest.mark.parametrize("error", [*OUTAGES, DENIED], ids=lambda error: type(error).__name__)
+def test_a_bucket_that_does_not_answer_is_not_taken_for_an_empty_one(folder, error, monkeypatch):
+    """Else a run would start again from step 0 and go over its log."""
+    write_json(f"{folder}/config.json", {})
+    for step in ("4", "6"):
+        write_json(f"{folder}/checkpoints/{step}/checksums.json", {})
+    assert complete_steps(folder) == [4, 6]
+
+    break_bucket(monkeypatch, error)
+    looks = [complete_steps, set_aside_names, clean, lambda run: changed_options(None, location(run))]  # pyrefly: ignore
+    for look in looks:
+        with pytest.raises(type(error)):
+            look(folder)
+        assert guarded(look, folder) == (MISTAKEN if error is DENIED else UNAVAILABLE)
+
+
+@pytest.mark.parametrize("error", OUTAGES, ids=lambda error: type(error).__name__)
+def test_a_log_that_an_outage_keeps_from_being_sent_is_no_mistake(folder, error, monkeypatch, capsys):
+    log = LineLog(f"{folder}/log.jsonl")
+    break_bucket(monkeypatch, error)
+    log.write({"n": 1})
+    assert guarded(lambda _: log.flush(), None) == UNAVAILABLE
+    assert "error: cannot write gs://" in capsys.readouterr().err
 
 
 def test_a_log_in_a_bucket_that_is_not_there_is_named():

@@ -39,7 +39,12 @@ def start() -> None:
             ) from None
     elif has_tpu() and "cpu" not in os.environ.get("JAX_PLATFORMS", "").split(",")[:1]:
         with contextlib.suppress(ValueError):  # one host outside a cluster: nobody to find
-            jax.distributed.initialize()
+            jax.distributed.initialize(initialization_timeout=_start_seconds())
+
+
+def _start_seconds() -> int:
+    """How long to wait for the others: nodes of Kubernetes come one by one, machines of a TPU slice together."""
+    return 1800 if "KUBERNETES_SERVICE_HOST" in os.environ else 300
 
 
 def end_with(work: Callable[[], int]) -> int:

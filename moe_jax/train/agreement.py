@@ -14,13 +14,19 @@ from typing import Any
 import jax
 from jax._src import distributed  # the client has no public name
 
+from moe_jax.outages import passes
+
 _MINUTES = 30  # a dead process is noticed long before, by its missing heartbeat
 
 _rounds: defaultdict[str, Any] = defaultdict(itertools.count)
 
 
 class Elsewhere(Exception):
-    """Another process failed; the message names it and its reason."""
+    """Another process failed; the message names it and its reason, `passes` is as `moe_jax.outages.passes`."""
+
+    def __init__(self, message: str, passes: bool) -> None:
+        super().__init__(message)
+        self.passes = passes
 
 
 def together(name: str, work: Callable[[], Any]) -> list[Any]:
@@ -42,17 +48,17 @@ def together(name: str, work: Callable[[], Any]) -> list[Any]:
     number = next(_rounds[name])
     mine, folder = str(jax.process_index()), f"moe_jax/{name}"
     reason = None if failure is None else str(failure) or type(failure).__name__
-    client.key_value_set(f"{folder}/{number}/{mine}", json.dumps([reason, result]))
+    client.key_value_set(f"{folder}/{number}/{mine}", json.dumps([reason, passes(failure), result]))
     client.wait_at_barrier(f"{folder}/{number}", _MINUTES * 60_000)
     found = {int(k.rpartition("/")[2]): json.loads(v) for k, v in client.key_value_dir_get(f"{folder}/{number}/")}
     if number:  # all are past it, or they would not have come here
         client.key_value_delete(f"{folder}/{number - 1}/{mine}")
     if failure is not None:
         raise failure
-    for index, (reason, _) in sorted(found.items()):
+    for index, (reason, passing, _) in sorted(found.items()):
         if reason is not None:
-            raise Elsewhere(f"process {index}: {reason}")
-    return [found[index][1] for index in range(jax.process_count())]
+            raise Elsewhere(f"process {index}: {reason}", passing)
+    return [found[index][2] for index in range(jax.process_count())]
 
 
 def by_first(name: str, work: Callable[[], Any]) -> Any:

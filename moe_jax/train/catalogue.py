@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from moe_jax.errors import UserError
-from moe_jax.files import AnyPath, location
+from moe_jax.files import AnyPath, folders_in, location
 from moe_jax.train.checksums import FILE, Damaged, Record, file_sizes, read_record, wrong_size
 
 SET_ASIDE = ".damaged-"
@@ -23,7 +23,7 @@ def checkpoints_folder(run_dir: AnyPath) -> epath.Path:
 
 def complete_steps(run_dir: AnyPath) -> list[int]:
     """Steps whose checkpoint is complete, ascending; half-written folders do not count."""
-    paths = _entries(run_dir)
+    paths = folders_in(checkpoints_folder(run_dir))
     return sorted(int(path.name) for path in paths if path.name.isdecimal() and (path / FILE).exists())
 
 
@@ -75,7 +75,7 @@ def health(run_dir: AnyPath) -> list[dict[str, Any]]:
     not read.
     """
     found: list[dict[str, Any]] = []
-    for path in _entries(run_dir):
+    for path in folders_in(checkpoints_folder(run_dir)):
         step, dot, rest = path.name.partition(".")
         if not step.isdecimal():
             continue
@@ -91,7 +91,7 @@ def health(run_dir: AnyPath) -> list[dict[str, Any]]:
 def clean(run_dir: AnyPath) -> list[str]:
     """Remove what a killed save or removal left behind; its names."""
     removed = []
-    for path in _entries(run_dir):
+    for path in folders_in(checkpoints_folder(run_dir)):
         unfinished = path.name.isdecimal() and not (path / FILE).exists()
         if unfinished or _UNCOMMITTED in path.name:
             remove(path)
@@ -121,7 +121,7 @@ def set_aside(path: epath.Path) -> str:
 
 def set_aside_names(run_dir: AnyPath) -> list[str]:
     """Names of the folders of damaged checkpoints."""
-    return sorted(path.name for path in _entries(run_dir) if SET_ASIDE in path.name)
+    return sorted(path.name for path in folders_in(checkpoints_folder(run_dir)) if SET_ASIDE in path.name)
 
 
 def damaged_sentence(path: epath.Path, reason: str) -> str:
@@ -131,20 +131,16 @@ def damaged_sentence(path: epath.Path, reason: str) -> str:
     return f"checkpoint {path} is truncated or damaged ({reason}); remove it {mend}"
 
 
-def _entries(run_dir: AnyPath) -> list[epath.Path]:
-    folder = checkpoints_folder(run_dir)
-    return [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-
-
 def _state(path: epath.Path, suffix: str) -> tuple[Record | None, str, str | None]:
     if suffix.startswith(SET_ASIDE):
         return None, "damaged", f"set aside as {path.name}"
+    unfinished = None, "half-written", "its save has not ended"
+    if suffix:
+        return unfinished
     try:
-        if suffix:
-            raise FileNotFoundError
         record = read_record(path)
     except FileNotFoundError:
-        return None, "half-written", "its save has not ended"
+        return unfinished
     except Damaged as damage:
         return None, "damaged", str(damage)
     reason = wrong_size(path, record)

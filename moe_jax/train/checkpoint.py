@@ -139,8 +139,8 @@ class Checkpoints:
             reasons = {epath.Path(e["moved_to"]).name: f": {e['reason']}" for e in self.set_aside}
             listed = "; ".join(name + reasons.get(name, "") for name in left)
             raise UserError(
-                f"{self.folder} holds only damaged checkpoints ({listed}); put one back from a copy, or remove "
-                "them all to train from the start"
+                f"{self.folder} holds only damaged checkpoints ({listed}); put one back from a copy, or train "
+                "from the start in another folder"
             )
         return None
 

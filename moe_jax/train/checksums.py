@@ -72,8 +72,9 @@ def read_record(path: epath.Path) -> Record:
     Raises:
         Damaged: it is cut or altered.
     """
+    stored = (path / FILE).read_bytes()  # not below: gcsfs raises ValueErrors, too
     try:
-        content = json.loads((path / FILE).read_text())
+        content = json.loads(stored)
         if content.pop("sha256") != _own(content):
             raise ValueError
         files = {name: (size, sha) for name, (size, sha) in content.pop("files").items()}

@@ -41,9 +41,15 @@ def changed_options(cfg: RunConfig, run_dir: epath.Path, new_data: bool = False)
     """
     path = run_dir / "config.json"
     if not path.exists():
-        if run_dir.exists() and (not run_dir.is_dir() or any(map(_foreign, run_dir.iterdir()))):
-            if (run_dir / "checkpoints").is_dir():
-                raise UserError(f"{path} is gone; put it back ({_HELD.format(run_dir)})")
+        try:
+            found = [entry.name for entry in run_dir.iterdir() if _is_foreign(entry)]
+        except FileNotFoundError:
+            return {}
+        except NotADirectoryError:
+            found = [run_dir.name]
+        if "checkpoints" in found:
+            raise UserError(f"{path} is gone; put it back ({_HELD.format(run_dir)})")
+        if found:
             raise UserError(f"{run_dir} exists and is no run folder; name another with --run")
         return {}
     try:
@@ -95,5 +101,5 @@ def describe_run(cfg: RunConfig, run_dir: epath.Path, mesh: Mesh) -> None:
     write_json(run_dir / "environment.json", environment)
 
 
-def _foreign(path: epath.Path) -> bool:
+def _is_foreign(path: epath.Path) -> bool:
     return not path.name.startswith(".") and not any(Path(path.name).match(name) for name in _BEFORE)

@@ -24,7 +24,7 @@ from moe_jax.config import RunConfig
 from moe_jax.data.pipeline import TrainIterator, heldout_rows, make_train_iterator
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import Preempted, UserError
-from moe_jax.files import AnyPath, is_remote, location
+from moe_jax.files import AnyPath, is_remote, location, read_lines
 from moe_jax.overrides import differences, from_dict, to_dict
 from moe_jax.parallel.batches import put_batch, put_votes, share_of_batch
 from moe_jax.parallel.mesh import make_mesh
@@ -158,7 +158,6 @@ class _Trainer:
         self.train_step: Any = None  # compiled at the first step
         self.state: TrainState | None = None
         self.pending: _Pending | None = None
-        self.skipped: list[int] = []  # batches, by this process's life
         self.fresh: dict[str, Any] = {"data": self.data.get_state(), "recent_losses": []}
 
     def run(self, changes: dict[str, tuple[Any, Any]]) -> None:
@@ -210,6 +209,7 @@ class _Trainer:
                 )
                 self.history.event("damaged", found[2] if found else 0, **damage)
             if found is None:
+                by_first("never saved", self._require_never_saved)
                 self.state, step, stored = self._first_state(), 0, self.fresh
             else:
                 self.state, stored, step = found
@@ -225,6 +225,15 @@ class _Trainer:
             jax.block_until_ready(self.state)
         self.dog.beat(step + 1)
         return step
+
+    def _require_never_saved(self) -> None:
+        """UserError where checkpoints were completed and none is there: training would go over what was reached."""
+        steps = [line["step"] for line in read_lines(self.run_dir / "events.jsonl") if line["event"] == "complete"]
+        if steps:
+            raise UserError(
+                f"{self.checkpoints.folder} is empty, where step {steps[-1]} was saved; put a checkpoint back, or "
+                "train from the start in another folder"
+            )
 
     def _first_state(self) -> TrainState:
         cfg = self.cfg
@@ -357,7 +366,7 @@ class _Trainer:
         """Restore the last sound checkpoint and skip the batch, or stop; the step restored."""
         guard = self.cfg.guard
         self.pending = self.state = None  # before its successor is read: memory holds one
-        skipped = {*self.data.get_state()["skipped"], *self.skipped}
+        skipped = self.data.get_state()["skipped"]
         goes_on = guard.on_bad_step == "skip" and len(skipped) < guard.max_skipped and bad.batch not in skipped
         action = "skip" if goes_on else "stop"
         self.history.event(
@@ -376,10 +385,8 @@ class _Trainer:
                 f"{self.run_dir / 'config.json'} --batch {bad.batch}', lower optimizer.learning_rate, "
                 f"or {mend}"
             )
-        self.skipped.append(bad.batch)
+        self.data.skip(bad.batch)
         step = self._restore()
-        for number in self.skipped:
-            self.data.skip(number)
         print(f"{sentence}: back to step {step}, past that batch", file=sys.stderr, flush=True)
         self.history.event("rolled_back", bad.step, to=step)
         return step

@@ -30,6 +30,12 @@ TOPOLOGIES = (
     "v4-32",
 )
 
+# Data that the hosts of mobilemoe_s can reach, which a job that is submitted must have.
+SUBMIT = (
+    "data.sources.0.path=gs://bucket/train.jsonl", "data.heldout.0.path=gs://bucket/heldout.jsonl",
+    "data.tokenizer=gs://bucket/tokenizer.json", "--submit",
+)  # fmt: skip
+
 # Any argument that a process can be given, and some that each reader on the way has a meaning for.
 NASTY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1) | st.sampled_from(
     [

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from launch.jobset import hints, manifest, render
 from launch.record import read_record
 from moe_jax.errors import HUNG, UserError
-from tests.launch.pod_jobs import NASTY, TOPOLOGIES, calls, expanded, fake_tools, job, run
+from tests.launch.pod_jobs import NASTY, SUBMIT, TOPOLOGIES, calls, expanded, fake_tools, job, run
 
 ROOT = Path(__file__).parents[2]
 CRD = ROOT.parent / "shared" / "schemas" / "jobset.x-k8s.io_jobsets.yaml"
@@ -239,16 +239,16 @@ def test_submit_hands_kubectl_what_was_printed_and_keeps_standard_output_clean(
     tmp_path, monkeypatch, capfd, bucket
 ):
     log = fake_tools(tmp_path / "bin", monkeypatch, "kubectl")
-    assert run(*GKE, "--submit") == 0
+    assert run(*GKE, *SUBMIT) == 0
     out = capfd.readouterr().out
-    (apply,) = calls(log)
-    assert apply["words"] == ["apply", "-f", "-"] and apply["stdin"] == out and yaml.safe_load(out)
+    (create,) = calls(log)
+    assert create["words"] == ["create", "-f", "-"] and create["stdin"] == out and yaml.safe_load(out)
     assert read_record(f"{bucket}/mobilemoe-s")["launcher"] == "gke"
 
 
 def test_submit_without_the_tool_names_it_and_starts_nothing(tmp_path, monkeypatch, capfd):
     log = fake_tools(tmp_path / "bin", monkeypatch)
-    assert run(*GKE, "--submit") == 2
+    assert run(*GKE, *SUBMIT) == 2
     assert "kubectl is not on PATH" in capfd.readouterr().err and not log.exists()
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from launch.queued import create_command, render, startup_script
 from moe_jax.errors import UserError
-from tests.launch.pod_jobs import NASTY, calls, fake_tools, job, run
+from tests.launch.pod_jobs import NASTY, SUBMIT, calls, fake_tools, job, run
 
 QUEUED = [
     "queued",
@@ -36,7 +36,7 @@ def test_bash_hands_docker_exactly_the_arguments_that_were_given(words):
     queued = job("queued", overrides=words, environment={f"V{i}": word for i, word in enumerate(words)})
     done = bash(
         startup_script(queued),
-        functions="""gcloud() { :; }; docker() { [ "$1" = rm ] || printf '%s\\0' "$@"; }\n""",
+        functions="""gcloud() { :; }; docker() { [ "$1" != run ] || printf '%s\\0' "$@"; }\n""",
     )
     got = done.stdout.decode().split("\0")[:-1]
     assert got[-len(queued.command) :] == queued.command
@@ -68,10 +68,26 @@ def test_the_printed_script_gives_gcloud_the_whole_startup_script(words):
 )
 def test_a_machine_restarts_after_preemption_without_limit_and_after_crashes_up_to_it(statuses, ends_with, starts):
     functions = f"""sleep() {{ :; }}; gcloud() {{ :; }}; statuses=({" ".join(map(str, statuses))}); n=0
-    docker() {{ [ "$1" = rm ] && return; echo start; return ${{statuses[n++]}}; }}
+    docker() {{ [ "$1" != run ] && return; echo start; return ${{statuses[n++]}}; }}
     """
     done = bash(startup_script(job("queued", max_restarts=2)), functions=functions)
     assert (done.returncode, done.stdout.count(b"start")) == (ends_with, starts)
+
+
+def test_an_image_that_cannot_be_pulled_at_once_costs_no_restart():
+    functions = """sleep() { echo wait; }; gcloud() { :; }; n=0
+    docker() { case $1 in pull) [ $((n++)) -ge 3 ] ;; run) echo start ;; esac; }
+    """
+    done = bash(startup_script(job("queued", max_restarts=0)), functions=functions)
+    assert (done.returncode, done.stdout.split()) == (0, [b"wait"] * 3 + [b"start"])
+
+
+def test_crashes_before_an_hour_of_training_are_not_counted_with_those_after():
+    functions = """sleep() { :; }; gcloud() { :; }; seconds=(0 4000 0 0); n=0
+    docker() { [ "$1" != run ] && return; echo start; SECONDS=$((SECONDS + ${seconds[n++]})); return 1; }
+    """
+    done = bash(startup_script(job("queued", max_restarts=1)), functions=functions)
+    assert (done.returncode, done.stdout.count(b"start")) == (1, 3)
 
 
 def test_the_command_asks_for_slices_by_the_names_of_google():
@@ -89,11 +105,15 @@ def test_the_command_asks_for_slices_by_the_names_of_google():
 
 def test_the_container_has_the_hosts_network_and_the_time_for_its_final_save_and_the_machine_its_account():
     queued = job("queued", grace_seconds=90, service_account="trainer@p")
-    done = bash(startup_script(queued), functions="""gcloud() { :; }; docker() { [ "$1" = rm ] || echo "$@"; }\n""")
+    done = bash(
+        startup_script(queued), functions="""gcloud() { :; }; docker() { [ "$1" != run ] || echo "$@"; }\n"""
+    )
     words = done.stdout.decode().split()
     options = words[: words.index(queued.image)]
     # Processes of other machines reach the coordinator by the host's own address; the TPU needs its devices.
-    assert {"--network=host", "--ipc=host", "--privileged", "--stop-timeout=90"} <= set(options)
+    assert {"--network=host", "--ipc=host", "--privileged", "--ulimit=memlock=-1", "--stop-timeout=90"} <= set(
+        options
+    )
     assert "--service-account=trainer@p" in create_command(queued, "s")
     assert not [word for word in create_command(job("queued"), "s") if "service-account" in word]
 
@@ -117,10 +137,10 @@ def test_what_queued_resources_cannot_give_is_refused(capfd):
 
 def test_submit_gives_gcloud_the_script_that_was_printed(tmp_path, monkeypatch, capfd, bucket):
     log = fake_tools(tmp_path / "bin", monkeypatch, "gcloud")
-    assert run(*QUEUED, "--zone", "z", "--submit") == 0
+    assert run(*QUEUED, "--zone", "z", *SUBMIT) == 0
     (create,) = calls(log)
     assert create["words"][:4] == ["compute", "tpus", "queued-resources", "create"]
     assert create["files"]["startup"] in capfd.readouterr().out
     monkeypatch.setenv("PATH", "")
-    assert run(*QUEUED, "--zone", "z", "--submit") == 2
+    assert run(*QUEUED, "--zone", "z", *SUBMIT) == 2
     assert "gcloud is not on PATH" in capfd.readouterr().err

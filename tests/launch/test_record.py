@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.job import Job
 from launch.record import job_record, read_record, write_record
-from tests.launch.pod_jobs import fake_tools, job, run
+from tests.launch.pod_jobs import SUBMIT, fake_tools, job, run
 
 ROOT = Path(__file__).parents[2]
 GKE = ["gke", "mobilemoe_s", "seed=3", "--topology", "v5e-256", "--bucket", "gs://bucket", "--image", "i"]
@@ -17,7 +17,7 @@ def test_a_recorded_run_is_rebuilt_exactly_and_refused_once_its_config_is_anothe
     tmp_path, monkeypatch, capfd, bucket
 ):
     fake_tools(tmp_path / "bin", monkeypatch, "kubectl")
-    assert run(*GKE, "--spot", "--env", "A=$b", "--submit") == 0
+    assert run(*GKE, "--spot", "--env", "A=$b", *SUBMIT) == 0
     first = capfd.readouterr().out
     assert run("resume", f"{bucket}/mobilemoe-s") == 0
     assert capfd.readouterr().out == first

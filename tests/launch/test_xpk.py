@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from launch.record import read_record
 from launch.xpk import command_line, inner_command, render
 from moe_jax.errors import UserError
-from tests.launch.pod_jobs import NASTY, calls, expanded, fake_tools, job, run
+from tests.launch.pod_jobs import NASTY, SUBMIT, calls, expanded, fake_tools, job, run
 
 XPK = ["xpk", "mobilemoe_s", "--topology", "v5e-256", "--slices", "2", "--bucket", "gs://bucket", "--image", "i"]
 
@@ -56,7 +56,8 @@ def test_the_line_says_what_the_manifest_says():
     assert words[:3] == ["xpk", "workload", "create"]
     assert {
         "--cluster=pool", "--workload=mobilemoe-s", "--num-slices=2", "--max-restarts=4", "--spot",
-        "--termination-grace-period-seconds=60", "--restart-on-exit-codes=1,75,86", "--env=JAX_PLATFORMS=tpu,cpu",
+        "--termination-grace-period-seconds=60", "--restart-on-exit-codes=1,69,75,86",
+        "--env=JAX_PLATFORMS=tpu,cpu",
     } < set(words)  # fmt: skip
     assert "--command=python -m moe_jax train mobilemoe_s seed=3 mesh.slices=2 --run gs://b/mobilemoe-s" in words
     assert shlex.split(render(job("xpk", slices=2))) == command_line(job("xpk", slices=2))
@@ -84,19 +85,19 @@ def test_submit_runs_what_is_printed_and_names_a_missing_tool(tmp_path, monkeypa
     assert run(*XPK) == 2
     assert "add --cluster" in capfd.readouterr().err
     log = fake_tools(tmp_path / "bin", monkeypatch, "xpk")
-    assert run(*XPK, "--cluster", "c", "--submit") == 0
+    assert run(*XPK, "--cluster", "c", *SUBMIT) == 0
     assert ["xpk", *calls(log)[-1]["words"]] == shlex.split(capfd.readouterr().out)
     monkeypatch.setenv("PATH", "")
-    assert run(*XPK, "--cluster", "c", "--submit") == 2
+    assert run(*XPK, "--cluster", "c", *SUBMIT) == 2
     assert "xpk is not on PATH" in capfd.readouterr().err
 
 
 def test_a_job_that_is_refused_leaves_the_record_of_the_one_that_runs(tmp_path, monkeypatch, bucket):
     log = fake_tools(tmp_path / "bin", monkeypatch, "xpk")
-    assert run(*XPK, "--cluster", "c", "--submit") == 0
+    assert run(*XPK, "--cluster", "c", *SUBMIT) == 0
     tool = tmp_path / "bin/xpk"
     tool.write_text(tool.read_text() + "sys.exit(3)\n")
-    assert run(*XPK, "--cluster", "c", "steps=9", "--submit") == 3 and len(calls(log)) == 2
+    assert run(*XPK, "--cluster", "c", "steps=9", *SUBMIT) == 3 and len(calls(log)) == 2
     record = read_record(f"{bucket}/mobilemoe-s")
     assert "steps=9" not in record["overrides"]
 
@@ -106,6 +107,6 @@ def test_where_the_bucket_cannot_be_written_a_job_starts_all_the_same_and_that_i
 ):
     log = fake_tools(tmp_path / "bin", monkeypatch, "xpk")
     words = [word.replace(bucket, "gs://no-such-bucket") for word in XPK]
-    assert run(*words, "--cluster", "c", "--submit") == 0
+    assert run(*words, "--cluster", "c", *SUBMIT) == 0
     error = capfd.readouterr().err
     assert "launch.json was not written" in error and "Traceback" not in error and len(calls(log)) == 1

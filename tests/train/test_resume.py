@@ -12,7 +12,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
+from moe_jax.errors import UserError
 from moe_jax.files import read_lines
 from moe_jax.parallel.mesh import single_device_mesh
 from moe_jax.train import trainer
@@ -95,6 +97,14 @@ def test_finished_run_started_again_does_nothing(tiny, finished, tmp_path):
     before = (run / "checkpoints/12/checksums.json").stat().st_mtime_ns
     tiny.fit(run)
     assert (run / "checkpoints/12/checksums.json").stat().st_mtime_ns == before
+    assert losses(run) == losses(finished)
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_go_over_its_log(tiny, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match=r"checkpoints is empty, where step 12 was saved; put a checkpoint back"):
+        tiny.fit(run)
     assert losses(run) == losses(finished)
 
 
