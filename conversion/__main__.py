@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion import bench_commands, gguf, hf
-from conversion.command_options import add_checkpoint, add_threads, lengths, options, say
+from conversion.command_options import add_checkpoint, add_threads, lengths, options, require_meaning, say
 from conversion.executorch import command as executorch
 from conversion.litert import FORMS
 from moe_jax.command_line import add_command, add_json, at_least, guarded, heed_interrupts, make_parser, parse, seed
@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 def _export(arguments: Any) -> dict[str, Any]:
     from conversion.export import export, export_random
 
+    require_meaning(arguments)
     given = options(arguments)
     source, output, folder, seed = (given.pop(name) for name in ("source", "output", "out", "seed"))
     if (output is None) == (folder is None):

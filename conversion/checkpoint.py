@@ -11,7 +11,7 @@ from etils import epath
 from moe_jax.config import RunConfig
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
-from moe_jax.files import AnyPath, location
+from moe_jax.files import AnyPath, is_remote, location
 from moe_jax.train.catalogue import require_present
 
 
@@ -21,8 +21,10 @@ class Stack:
     def __init__(self, path: epath.Path, name: str) -> None:
         import tensorstore
 
-        base = str(path) if "://" in str(path) else f"file://{path}"
-        store = {"driver": "ocdbt", "base": f"{base}/model", "path": f"{name}/"}
+        base: Any = f"{path}/model"
+        if not is_remote(path):  # as a URL, what follows a % # ? or | in the path would mean something
+            base = {"driver": "file", "path": f"{base}/"}
+        store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         self._path = path
         self._array = tensorstore.open({"driver": "zarr3", "kvstore": store}, read=True).result()
         self.shape = tuple(self._array.shape)

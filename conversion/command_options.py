@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from moe_jax.command_line import at_least
+from moe_jax.errors import UserError
 
 
 def add_checkpoint(sub: Any, without: str = "") -> None:
@@ -13,6 +14,15 @@ def add_checkpoint(sub: Any, without: str = "") -> None:
     sub.add_argument("--step", type=at_least(0), help="this checkpoint instead of the last")
     sub.add_argument("--tokenizer", metavar="PATH", help=f"default: the run's tokenizer.json{without}")
     sub.add_argument("--quantize-float", action="store_true", help="accept a run that had no QAT stage")
+
+
+def require_meaning(arguments: Any) -> None:
+    """UserError for an option that would be passed over: of a checkpoint with random weights, a seed without."""
+    given = ("step", "quantize_float") if arguments.random_weights else ("seed",)
+    for name in given:
+        if getattr(arguments, name) not in (None, False, 0):
+            other = "random weights" if arguments.random_weights else "a run"
+            raise UserError(f"--{name.replace('_', '-')} means nothing to {other}; leave it out")
 
 
 def add_threads(sub: Any, text: str = "CPU threads of the engine") -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from conversion import kernel
 from conversion import weights as _weights
 from conversion.checkpoint import open_checkpoint
 from conversion.litert import FORMS, PREFILL
@@ -42,15 +43,17 @@ def export(
     step: int | None = None,
     tokenizer: str | Path | None = None,
     context: int | None = None,
+    prefill: Sequence[int] = (),
+    experts: str = "sparse",
     quantize_float: bool = False,
     overwrite: bool = False,
     say: Say = lambda _: None,
-    **options: Any,
 ) -> dict[str, Any]:
     """Write the checkpoint of a run (the last, or that of `step`) as `output`; what was written, for a report.
 
-    `context` is the most tokens of prompt and answer (default: the length that the run trained on),
-    `quantize_float` takes a run without quantisation too; other options as `write`.
+    `context` is the most tokens of prompt and answer (default: the length that the run trained on), `prefill` the
+    lengths of the prefill signatures (default: what of PREFILL is at most a quarter of the context), `experts` one
+    of FORMS, of which dense only serves to compare speed. `quantize_float` takes a run without quantisation too.
 
     Raises:
         UserError: no readable checkpoint, one without QAT, a tokenizer that is not the checkpoint's, lengths that
@@ -60,13 +63,14 @@ def export(
     tensors = free(output.with_suffix(".safetensors"), ".safetensors", overwrite)
     source = open_checkpoint(run_dir, step, tokenizer)
     config, group = source.run.model, source.group(quantize_float)
+    context = context or source.run.data.seq_len
+    lengths = _lengths(config, context, prefill, experts)
 
     def quantise(folder: Path) -> Weights:
         say("writing INT4 codes and scales")
         return _weights.through_file(source.parameters, config, group, folder / tensors.name)
 
-    context = context or source.run.data.seq_len
-    result = write(quantise, config, source.tokenizer_file, output, context, say=say, **options)
+    result = _write(quantise, source.tokenizer_file, output, context, lengths, experts, say)
     return result | {"safetensors": str(tensors), "seconds": time.monotonic() - begun}
 
 
@@ -77,14 +81,17 @@ def export_random(
     seed: int = 0,
     tokenizer: str | Path | None = None,
     context: int | None = None,
+    prefill: Sequence[int] = (),
+    experts: str = "sparse",
     overwrite: bool = False,
     say: Say = lambda _: None,
-    **options: Any,
 ) -> dict[str, Any]:
-    """Write random weights of any model as `output`, for measurements of size and speed.
+    """Write random weights of any model as `output`, for measurements of size and speed; options as of `export`.
 
     Without `tokenizer` one is made of the embedded corpus and filled up to the model's vocabulary.
     """
+    context = context or config.max_position_embeddings
+    lengths = _lengths(config, context, prefill, experts)
     begun, output = time.monotonic(), free(output, ".litertlm", overwrite)
     if tokenizer is not None:
         Tokenizer.load(tokenizer).require(config.vocab_size)
@@ -93,35 +100,33 @@ def export_random(
         if tokenizer is None:
             say("learning a tokenizer")
             file.write_text(_tokenizer(config.vocab_size))
-        context = context or config.max_position_embeddings
-        result = write(lambda _: _weights.random(config, seed), config, file, output, context, say=say, **options)
+        result = _write(lambda _: _weights.random(config, seed), file, output, context, lengths, experts, say)
     return result | {"seconds": time.monotonic() - begun}
 
 
-def write(
-    source: Callable[[Path], Weights],
-    config: ModelConfig,
-    tokenizer: AnyPath,
-    output: Path,
-    context: int,
-    *,
-    prefill: Sequence[int] = (),
-    experts: str = "sparse",
-    say: Say = lambda _: None,
-) -> dict[str, Any]:
-    """Write the weights of `config` that `source` makes, with what else it leaves in the folder that it is given.
-
-    `prefill` are the lengths of the prefill signatures (by default what of PREFILL is at most a quarter of the
-    context), `experts` is one of FORMS; dense ones only serve to compare speed.
-    """
+def _lengths(config: ModelConfig, context: int, prefill: Sequence[int], experts: str) -> list[int]:
+    """The lengths of prefill calls; UserError for what no file can be made of, before there is any work."""
     if not 0 < context <= (limit := config.max_position_embeddings):
         raise UserError(f"context {context} is not within 1 and the model's {limit} positions")
     if experts not in FORMS:
         raise UserError(f"experts is {experts!r}; choose one of {', '.join(FORMS)}")
+    if experts == "kernel":
+        kernel.require_room(config)
     if max(prefill, default=0) > context:
         raise UserError(f"--prefill {max(prefill)} is more than the context of {context}; ask for at most that")
-    lengths = sorted(set(prefill or [n for n in PREFILL if 4 * n <= context])) or [min(*PREFILL, context)]
+    return sorted(set(prefill or [n for n in PREFILL if 4 * n <= context])) or [min(*PREFILL, context)]
 
+
+def _write(
+    source: Callable[[Path], Weights],
+    tokenizer: AnyPath,
+    output: Path,
+    context: int,
+    lengths: Sequence[int],
+    experts: str,
+    say: Say,
+) -> dict[str, Any]:
+    """Write the weights that `source` makes, with what else it leaves in the folder that it is given."""
     from conversion import readback  # slow to import, as what lowers is, and not needed to refuse
     from conversion.litert import bundle, lower
 

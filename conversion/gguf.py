@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conversion.command_options import add_checkpoint
+from conversion.command_options import add_checkpoint, require_meaning
 from conversion.outputs import free, writing
 from moe_jax.command_line import add_command, add_json, seed
 from moe_jax.config import ModelConfig, RunConfig
@@ -83,6 +83,7 @@ def export_random(
 
 
 def _gguf(arguments: Any, load: Callable[[str], RunConfig]) -> dict[str, Any]:
+    require_meaning(arguments)
     options = {name: getattr(arguments, name) for name in ("kind", "tokenizer", "overwrite")}
     if arguments.random_weights:
         model = load(arguments.source).model

@@ -66,6 +66,7 @@ class Findings:
     scales_checked: int = 0
     mismatches: int = 0
     reports: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # labels of weights that are not in the file
 
     def wrong(self, count: int, report: str) -> None:
         """Note `count` values that differ."""
@@ -122,6 +123,7 @@ def compare(model: memoryview, expected: Expected, path: str | Path = "the .tfli
                     result.wrong(int(count), f"{label}: {count} of {want.size} {kind} differ")
     for name in expected:
         for label, size in (left[name] if name in left else _labels(name, expected)).items():
+            result.missing.append(label)
             result.wrong(size, f"{label} is not in the file")
     return result
 

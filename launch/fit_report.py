@@ -14,6 +14,7 @@ from launch.slices import Slice
 from moe_jax.chips import chip_named
 from moe_jax.config import RunConfig
 from moe_jax.flops import train_flops_per_token
+from moe_jax.parallel.rules import BATCH_AXES
 
 GB = 1e9
 _RESERVED = 2**28  # bytes of a device's HBM that the runtime keeps
@@ -51,14 +52,15 @@ def first_knob(cfg: RunConfig, mesh: dict[str, int], args: int, needed: int, ava
     logits = 2 * cfg.loss_chunk * cfg.model.vocab_size // mesh["tensor"]
     if logits > (needed - args) / 4 and cfg.loss_chunk > 256:
         return f"hold fewer logits at a time: loss_chunk={cfg.loss_chunk // 2}"
-    sequences = cfg.data.global_batch_size // cfg.gradient_accumulation // (devices // mesh["context"])
+    shards = math.prod(mesh[axis] for axis in BATCH_AXES)
+    sequences = cfg.data.global_batch_size // cfg.gradient_accumulation // shards
     if sequences > 1:
         share = (available - args) / (needed - args)
         fewer = max(1, 2 ** int(math.log2(max(1.0, sequences * share))))
         more = cfg.gradient_accumulation * math.ceil(sequences / fewer)
         return (
             f"fewer sequences at a time: gradient_accumulation={more} for the same step, or in launch fit "
-            f"--per-device-batch {fewer / mesh['context']:g}"
+            f"--per-device-batch {fewer * shards / devices:g}"
         )
     if mesh["context"] < 8:
         return f"cut the sequence: mesh.context={2 * mesh['context']}"

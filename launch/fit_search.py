@@ -99,7 +99,10 @@ def _meshes(devices: int, slices: int, others: tuple[tuple[int, int, int], ...])
 
 
 def _batches(cfg: RunConfig, devices: int, only: float | None) -> Iterator[RunConfig]:
-    """`cfg` with microbatches of 1/4, 1/2, 1, 2, ... sequences per device that make up its global batch."""
+    """`cfg` with microbatches of 1/4, 1/2, 1, 2, ... sequences per device that make up its global batch.
+
+    Where `only` so many are asked for and they do not, a step is one microbatch of them.
+    """
     sequences = cfg.data.global_batch_size
     for each in [only] if only else [2.0**n for n in range(-2, 8)]:
         microbatch = each * devices

@@ -59,7 +59,8 @@ class LocalJob:
     @property
     def root(self) -> str:
         """The run folder, wherever this process stands."""
-        return str(location(self.run if is_remote(self.run) else os.path.join(self.folder, self.run)))
+        run = os.path.expanduser(self.run)  # a shell leaves --run=~/a as it is
+        return str(location(run if is_remote(run) else os.path.join(self.folder, run)))
 
     @property
     def stages(self) -> list[tuple[RunConfig, Any]]:
@@ -74,9 +75,8 @@ class LocalJob:
         words = ["-m", "moe_jax", "train", self.config, *self.overrides, "--run", self.run]
         return python(*words, *(["--new-data"] if self.new_data else []))
 
-    @property
-    def environments(self) -> list[dict[str, str]]:
-        """Of each process, for one attempt."""
+    def new_environments(self) -> list[dict[str, str]]:
+        """Of each process, for one attempt: each call finds another free port."""
         common = {k: v for k, v in os.environ.items() if k not in _OURS} | self.environment
         common["PYTHONUNBUFFERED"] = "1"
         if self.devices:
@@ -162,7 +162,7 @@ class _Supervisor:
 
     def _attempt(self, attempt: int) -> _Outcome:
         job = self._job
-        group = Processes(job.command, job.environments, attempt, self._events, self._logs, job.folder)
+        group = Processes(job.command, job.new_environments(), attempt, self._events, self._logs, job.folder)
         alive, ended = set(range(job.processes)), list[Ended]()
         deadline: float | None = None
         while alive:
@@ -296,7 +296,8 @@ def job_of(arguments: Any, config: str, **fields: Any) -> LocalJob:
     """The job of a command line; `fields` replace its own."""
     names = ("overrides", "run", "processes", "devices", "max_restarts", "new_data")
     # A file is found again wherever the run is resumed from.
-    config = ",".join(os.path.abspath(name) if name.endswith(".json") else name for name in config.split(","))
+    names_of = (os.path.abspath(os.path.expanduser(n)) if n.endswith(".json") else n for n in config.split(","))
+    config = ",".join(names_of)
     return LocalJob(config, **({name: getattr(arguments, name) for name in names} | fields))
 
 

@@ -38,7 +38,8 @@ def chosen(family: str, first: str | None, last: str | None, overrides: list[str
 def predecessor(family: str, first: str | None, overrides: list[str]) -> str:
     """The stage before `first`, empty where there is none to start from or the overrides name a start."""
     stages = [stage for _, stage in chosen(family, None, first, overrides)] if first else []
-    return "" if any(word.startswith("init_from=") for word in overrides) else "".join(stages[-2:-1])
+    given = any(word.startswith("init_from=") for word in overrides)
+    return stages[-2] if len(stages) > 1 and not given else ""
 
 
 def _refuse(arguments: Any, group: Any, where: str) -> None:

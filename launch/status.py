@@ -22,6 +22,7 @@ from launch.record import RECORD, is_record
 from moe_jax.command_line import add_command, add_json
 from moe_jax.errors import UserError
 from moe_jax.files import folders_in, location, parts, read_lines, write_json
+from moe_jax.progress import file_size
 from moe_jax.run_lock import holder
 from moe_jax.train.catalogue import checkpoints_folder, complete_steps, health
 
@@ -70,7 +71,11 @@ def run_status(run: str, verify: bool = False) -> dict[str, Any]:
 
 
 def stage_status(folder: epath.Path, verify: bool = False) -> dict[str, Any]:
-    """What there is to know about one run folder; see the keys below."""
+    """What is known about one run folder, plain JSON: state (running, complete, stopped), step of steps, loss,
+    tokens/s, seconds left and since the last event, checkpoints with their health, and what `history` tells.
+
+    With `verify` every complete checkpoint is read against its checksums.
+    """
     steps = _json(folder / "config.json").get("steps", 0)
     lines, events, checkpoints = last_steps(folder), read_lines(folder / "events.jsonl"), health(folder)
     if verify:
@@ -81,7 +86,7 @@ def stage_status(folder: epath.Path, verify: bool = False) -> dict[str, Any]:
     running = holder(folder)
     done = any(c["final"] and c["state"] == "complete" and c["step"] >= steps for c in checkpoints)
     pace = statistics.median(line["seconds"] for line in lines[-20:]) if lines else None
-    sign = max((e["time"] for e in events[-1:]), default=None)
+    sign = events[-1]["time"] if events else None
     return {
         "stage": folder.name if not lines else last["stage"],
         "folder": str(folder),
@@ -195,7 +200,7 @@ def _verify(folder: epath.Path, checkpoints: list[dict[str, Any]]) -> None:
 
     for found in [entry for entry in checkpoints if entry["state"] == "complete"]:
         path = checkpoints_folder(folder) / str(found["step"])
-        print(f"reading {path} ({_bytes(found['bytes'])})", file=sys.stderr, flush=True)
+        print(f"reading {path} ({file_size(found['bytes'])})", file=sys.stderr, flush=True)
         try:
             verify(path)
             found["reason"] = "checksums are right"
@@ -249,7 +254,8 @@ def _details(stage: dict[str, Any]) -> Iterator[str]:
         if found["time"]:
             marks.append(f"{_time(time.time() - found['time'])} ago")
         more = ", ".join([*marks, *([found["reason"]] if found["reason"] else [])])
-        yield f"  {'checkpoint':12} {found['step']:>8,}  {_bytes(found['bytes']):>9}  {found['state']:12}  {more}"
+        size = file_size(found["bytes"])
+        yield f"  {'checkpoint':12} {found['step']:>8,}  {size:>9}  {found['state']:12}  {more}"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -264,14 +270,6 @@ def _time(seconds: float | None) -> str:
         f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
         if days < 2 else f"{days:.1f} d"
     )  # fmt: skip
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
 
 
 def add_status_command(commands: Any) -> None:

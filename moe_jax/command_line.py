@@ -114,6 +114,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         if isinstance(stream, io.TextIOWrapper):  # a locale without the characters of a text must not end a command
             stream.reconfigure(errors="backslashreplace")
     arguments, rest = parser.parse_known_args(argv)
+    words = [word for word in rest if not word.startswith("-") and "=" not in word]
+    if (
+        len(words) == 1 and getattr(arguments, "output", words) is None
+    ):  # behind options argparse takes it for a stray
+        arguments.output = words[0]
+        rest.remove(words[0])
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     unknown = [word for word in rest if word not in overrides]
     if unknown or (overrides and not hasattr(arguments, "overrides")):

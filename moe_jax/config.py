@@ -77,10 +77,11 @@ class MoEConfig:
     use_expert_bias: bool = True  # loss-free balancing: the bias takes part in the selection only
     bias_update_rate: float = 1e-3
     router_z_loss: float = 1e-4
-    aux_loss: float = 0.0  # Switch-style balance loss
+    aux_loss: float = 0.0  # Switch-style balance loss, within each microbatch
     dispatch: str = "dropless"  # or drop_and_pad
     capacity_factor: float = 1.5  # rows per expert over the mean, drop_and_pad only
-    buffer_factor: float = 0.0  # rows per device of an expert group over the mean; 0 holds the worst case
+    # Rows per device of an expert group over the mean, beyond which its largest experts drop; 0: the worst case.
+    buffer_factor: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("model.moe.score_func", self.score_func, ("sigmoid", "softmax"))
@@ -272,6 +273,12 @@ class MeshConfig:
     context: int = 1  # cuts the sequence
     tensor: int = 1  # cuts heads, shared expert and vocabulary
     slices: int = 1  # data parallelism between slices, over the data-centre network
+
+    def __post_init__(self) -> None:
+        sizes = vars(self)
+        if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+            wanted = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+            raise UserError(f"mesh {wanted} is not usable; give sizes of 1 or more, at most one of them -1")
 
 
 @dataclass(frozen=True)

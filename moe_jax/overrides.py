@@ -150,6 +150,23 @@ def _set(hint: Any, data: Any, keys: list[str], text: str, name: str, root: type
     return data | {key: _set(hints[key], data[key], keys[1:], text, name, root)}
 
 
+def _completed(hint: Any, data: Any, name: str) -> Any:
+    """`data` with the defaults of what its groups leave out, so that a later word finds every option in it."""
+    hint, optional = _unwrap(hint)
+    if data is None and optional:
+        return None
+    if (item := _item_type(hint)) is not None:
+        if not isinstance(data, list):
+            raise UserError(f"{name} is {data!r}; expected a list")
+        return [_completed(item, part, f"{name}.{i}") for i, part in enumerate(data)]
+    if not dataclasses.is_dataclass(hint):
+        return data
+    if not isinstance(data, dict):
+        raise UserError(f"{name} is {data!r}; expected a group of options")
+    hints = typing.get_type_hints(hint)
+    return to_dict(hint()) | {k: _completed(hints.get(k), v, f"{name}.{k}") for k, v in data.items()}
+
+
 def _suggest(name: str, key: str, hints: dict[str, Any], root: type) -> str:
     """The right place of a name that exists elsewhere, else the nearest sibling, else the nearest of all."""
     known = option_names(root)
@@ -169,10 +186,11 @@ def _parse(hint: Any, optional: bool, text: str, name: str) -> Any:
         if text == "default" and dataclasses.is_dataclass(hint):
             return to_dict(hint())
         try:
-            return json.loads(text)
+            value = json.loads(text)
         except ValueError:
             words = "JSON, none or default" if optional else "JSON"
             raise UserError(f"{name} is a group of options; expected {words}, got {text!r}") from None
+        return _completed(hint, value, name)
     try:
         if hint is bool:
             return {"true": True, "false": False}[text.lower()]

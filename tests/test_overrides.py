@@ -129,3 +129,27 @@ def test_every_config_says_what_it_is_for():
 def test_a_mistyped_part_is_mended_where_it_stands(text, right):
     with pytest.raises(UserError, match=re.escape(repr(right))):
         apply(RunConfig(), [text])
+
+
+@pytest.mark.parametrize(
+    "texts, expected",
+    [
+        (["mesh={}", "mesh.fsdp=2"], {"mesh.fsdp": (-1, 2)}),
+        (
+            ['data.sources=[{"path":"x.txt"}]', "data.sources.0.weight=2"],
+            {"data.sources.0.path": None, "data.sources.0.weight": None},
+        ),
+        (["quant={}", "quant.weight_group_size=64"], {"quant.weight_group_size": None}),
+        (['model.moe={"num_experts":8}', "model.moe.num_experts_per_tok=2"], {"model.moe.num_experts": (60, 8)}),
+    ],
+)
+def test_a_group_that_was_set_can_be_overridden_inside(texts, expected):
+    changed = differences(CFG, apply(CFG, texts))
+    assert changed.keys() >= expected.keys()
+    assert all(changed[name] == values for name, values in expected.items() if values)
+
+
+@pytest.mark.parametrize("texts", [["mesh=5", "mesh.fsdp=2"], ["data.sources=5", "data.sources.0.path=x"]])
+def test_a_group_that_is_none_is_named(texts):
+    with pytest.raises(UserError, match="is 5; expected a"):
+        apply(CFG, texts)

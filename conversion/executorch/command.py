@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.command_options import add_checkpoint, say
+from conversion.command_options import add_checkpoint, require_meaning, say
 from conversion.memory import memory
 from conversion.outputs import free, writing
 from moe_jax.command_line import add_command, add_json, at_least, seed
@@ -188,6 +188,7 @@ def _tokenizer_name(output: Path) -> str:
 
 
 def _executorch(arguments: Any, load: Callable[[str], RunConfig]) -> dict[str, Any]:
+    require_meaning(arguments)
     options = {name: getattr(arguments, name) for name in ("tokenizer", "context", "prefill", "overwrite")}
     if arguments.random_weights:
         model = load(arguments.source).model

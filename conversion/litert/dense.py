@@ -17,7 +17,7 @@ from conversion.litert.flatbuffer import Graph, Model
 class DenseExperts:
     """One layer's experts side by side: gate and up [E*F, D], down [D, E*F]."""
 
-    def __init__(self, model: Model, gate_up: Int4, down: Int4, activation: str, name: str = ""):
+    def __init__(self, model: Model, gate_up: Int4, down: Int4, activation: str):
         """Codes of `gate_up` are [E, 2F, D], gate rows first, of `down` [E, D, F]."""
         experts, double, _ = gate_up.codes.shape
         self.shape, self.activation = (experts, double // 2), activation

@@ -80,7 +80,7 @@ class Dense(Stock):
         (name,), content = options["names"], self.content
         if name not in self._banks:
             gate_up, down = (content.weights.int4(part) for part in _names(name))
-            self._banks[name] = DenseExperts(content.model, gate_up, down, content.activation, name)
+            self._banks[name] = DenseExperts(content.model, gate_up, down, content.activation)
         self._banks[name].expand(g, *inputs, outs[0])
 
 
@@ -143,7 +143,8 @@ class Kernel(Stock):
         return names[0] in self.content.int4 and bank.fits(*self.content.shape(names))
 
 
-FORMS: dict[str, type[Stock]] = dict(zip(litert.FORMS, (Stock, Kernel, Dense), strict=True))
+FORMS: dict[str, type[Stock]] = {"sparse": Stock, "kernel": Kernel, "dense": Dense}
+assert tuple(FORMS) == litert.FORMS  # which can be asked without importing what lowers
 
 
 def _names(experts: str) -> tuple[str, str]:

@@ -15,11 +15,9 @@ from conversion.kernel import EMBEDDING, EXPERTS, LINEAR, MIXTURE, SELF_ATTENTIO
 from conversion.litert import bank
 from conversion.litert.flatbuffer import Graph, Kind
 from moe_jax.config import MoEConfig
-from moe_jax.errors import UserError
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 LANES = 16  # of which heads are a multiple
-MOST_EXPERTS, MOST_CHOICES = 1024, 64  # that the kernel has room for
 Matrix = tuple[int, tuple[int, int], str]  # a weight's buffer, its shape [out, in] and its label
 
 
@@ -39,8 +37,6 @@ class KernelExperts:
     def options(self, choices: int) -> tuple[int, ...]:
         """What an op is told of these experts and of how many of them a token takes."""
         experts, *widths = self.shape
-        if experts > MOST_EXPERTS or choices > MOST_CHOICES:
-            raise UserError(f"the kernel has no room for {choices} of {experts} experts; take --experts sparse")
         return experts, choices, *widths, self.activation
 
     def expand(self, g: Graph, x: int, ids: int, weights: int, out: int | None = None) -> int:

@@ -29,7 +29,7 @@ from moe_jax.data.chat import render_ids
 from moe_jax.data.sources import Document, Manifest, document_text, iter_documents, source_files
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
-from moe_jax.files import is_remote
+from moe_jax.files import is_remote, location
 
 _PART = 1 << 18  # characters; longer texts are encoded in parts cut at a line's end
 _CHUNK = 64  # parts encoded at one time: enough for all cores, and memory stays small
@@ -61,7 +61,7 @@ def tokenize_source(
             return _read(Path(folder))  # the mapped files outlive their names
     if is_remote(cache_dir):  # its files are mapped into memory
         raise UserError(f"data.cache_dir is {cache_dir}; name a local folder, or leave it empty")
-    folder = Path(cache_dir) / _key(source, tokenizer, max_bytes)
+    folder = Path(location(cache_dir)) / _key(source, tokenizer, max_bytes)
     if not folder.exists():
         try:
             _write_alone(folder, source, tokenizer, max_bytes)

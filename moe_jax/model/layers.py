@@ -64,7 +64,7 @@ def parameter(
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in float32, no mean and no offset; L layers share one stacked `scale`."""
+    """x / rms(x) * scale, in float32, no mean and no offset; the scales of L layers are stacked."""
 
     def __init__(self, width: int, eps: float, stack: tuple[int, ...] = ()):
         axes = ("layers",) * len(stack) + ("norm",)

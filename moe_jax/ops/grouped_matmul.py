@@ -120,7 +120,7 @@ def _megablox(lhs_MK, rhs, sizes_E, transpose_rhs: bool, interpret: bool) -> jax
 
 
 def _tile_rows(rows: int, groups: int) -> int:
-    """Rows of a CPU tile: a power of two near half the mean group, so that few rows are computed twice."""
+    """Rows of a CPU tile: the largest power of two within the mean group, from 16 to 128."""
     mean = max(1, rows // groups)
     return int(np.clip(2 ** int(np.log2(max(1, mean))), 16, 128))
 
@@ -180,7 +180,7 @@ def _tile_weight_gradient(lhs_MK: jax.Array, grad_MN: jax.Array, sizes_E: jax.Ar
     return jax.lax.fori_loop(0, count, body, zeros)
 
 
-@partial(jax.custom_vjp)
+@jax.custom_vjp
 def _tiles(lhs_MK: jax.Array, rhs_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
     return _tile_product(lhs_MK, rhs_EKN, sizes_E, transpose=False)
 

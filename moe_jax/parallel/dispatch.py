@@ -54,7 +54,8 @@ def plan_rows(
     """Sort the pairs by expert; ids equal to `num_experts` go nowhere.
 
     With `capacity` each expert keeps its first so many pairs, first choices before second ones. `rows`
-    bounds the pairs of all experts together (before alignment); what does not fit is dropped too.
+    bounds the pairs of all experts together (before alignment); what does not fit is taken from the experts
+    that have most.
     """
     ids_P = ids_KT.reshape(-1)
     pairs = ids_P.size
@@ -63,8 +64,8 @@ def plan_rows(
     if capacity is not None:
         kept_E = jnp.minimum(kept_E, capacity)
     rows = pairs if rows is None else min(rows, pairs)
-    before_E = jnp.cumsum(kept_E) - kept_E
-    kept_E = jnp.clip(rows - before_E, 0, kept_E)
+    if rows < pairs:
+        kept_E = jnp.minimum(kept_E, _level(kept_E, rows))
     # The last expert has a hole to spare: where pairs that went nowhere are read, as zeros.
     sizes_E = -(-kept_E.at[-1].add(1) // align) * align
     start_E = jnp.cumsum(sizes_E) - sizes_E
@@ -78,6 +79,14 @@ def plan_rows(
     target_P = jnp.where(kept_P, row_P, buffer + pair_P)
     pair_R = jnp.full(buffer, pairs, jnp.int32).at[target_P].set(pair_P, mode="drop", unique_indices=True)
     return Plan(pair_R, row_P.reshape(ids_KT.shape), kept_P.reshape(ids_KT.shape), sizes_E)
+
+
+def _level(counts_E: jax.Array, total: int) -> jax.Array:
+    """The largest bound of each count under which the counts add up to `total` at most."""
+    sorted_E, left_E = jnp.sort(counts_E), jnp.arange(counts_E.size, 0, -1)
+    room_E = total - (jnp.cumsum(sorted_E) - sorted_E)  # for this count and all larger ones
+    above_E = sorted_E > room_E // left_E
+    return jnp.where(above_E.any(), (room_E // left_E)[jnp.argmax(above_E)], sorted_E[-1])
 
 
 def _ranks(ids_P: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:

@@ -28,8 +28,6 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     free = [name for name, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     wanted = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1) or "of one device"
-    if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
-        raise UserError(f"mesh {wanted} is not usable; give sizes of 1 or more, at most one of them -1")
     if free:
         sizes[free[0]] = max(1, len(devices) // fixed)
     if int(np.prod(list(sizes.values()))) != len(devices):

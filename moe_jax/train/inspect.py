@@ -16,7 +16,7 @@ from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import AnyPath, location
 from moe_jax.overrides import differences
-from moe_jax.progress import time_left
+from moe_jax.progress import file_size, time_left
 from moe_jax.train.catalogue import checkpoint_path, complete_records, health, record_of
 from moe_jax.train.checkpoint import config_of, verify
 from moe_jax.train.checksums import FILE
@@ -71,14 +71,14 @@ def render(found: dict[str, Any]) -> str:
     lines = [
         f"{found['path']}",
         f"step {found['step']}{''.join(f', {mark}' for mark in marks)}, saved {saved}",
-        f"{found['files']} files of {_size(found['bytes'])}, all checksums are right",
+        f"{found['files']} files of {file_size(found['bytes'])}, all checksums are right",
     ]
     for tree, leaves in found["trees"].items():
         count = sum(math.prod(leaf["shape"]) for leaf in leaves.values())
-        lines += ["", f"{tree}: {len(leaves)} arrays, {count:,} numbers, {_size(sum(_bytes(leaves)))}"]
+        lines += ["", f"{tree}: {len(leaves)} arrays, {count:,} numbers, {file_size(sum(_bytes(leaves)))}"]
         width = max(map(len, leaves), default=0)
         lines += [
-            f"  {name:{width}}  {leaf['dtype']}{leaf['shape']}  {_size(leaf['bytes'])}"
+            f"  {name:{width}}  {leaf['dtype']}{leaf['shape']}  {file_size(leaf['bytes'])}"
             for name, leaf in leaves.items()
         ]
     lines += ["", "config, where it differs from the defaults:", *_options(found)]
@@ -86,7 +86,7 @@ def render(found: dict[str, Any]) -> str:
     for entry in found["folders"]:
         reason = f" ({entry['reason']})" if entry["reason"] else ""
         final = ", final" if entry["final"] else ""
-        lines.append(f"  step {entry['step']}: {entry['state']}{final}, {_size(entry['bytes'])}{reason}")
+        lines.append(f"  step {entry['step']}: {entry['state']}{final}, {file_size(entry['bytes'])}{reason}")
     return "\n".join(lines)
 
 
@@ -110,11 +110,6 @@ def _options(found: dict[str, Any]) -> list[str]:
     return [f"  {name}={value}" for name, (_, value) in differences(RunConfig(), cfg).items()]
 
 
-def _size(count: int) -> str:
-    unit = min(int(math.log10(max(count, 1)) // 3), 4)
-    return f"{count / 1000**unit:.{1 if unit else 0}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"
-
-
 class _Progress:
     """A line on standard error every few seconds; none for what is done at once."""
 
@@ -127,5 +122,5 @@ class _Progress:
         if now - self._said < self._every:
             return
         self._said, left = now, (now - self._begin) * (total - done) / max(done, 1)
-        text = f"{self._what}: {done / total:.0%} of {_size(total)}, {time_left(left)}"
+        text = f"{self._what}: {done / total:.0%} of {file_size(total)}, {time_left(left)}"
         print(text, file=sys.stderr, flush=True)

@@ -173,6 +173,14 @@ class History:
 
     def event(self, name: str, step: int, **fields: Any) -> None:
         """One line, with the time; it is kept when this returns."""
+        self.note(name, step, **fields)
+        if self._log:
+            self._log.flush()
+
+    def note(self, name: str, step: int, **fields: Any) -> None:
+        """A line that is kept when the next event is.
+
+        An object of Cloud Storage takes one put a second: https://cloud.google.com/storage/quotas
+        """
         if self._log:
             self._log.write({"event": name, "step": step, "time": round(time.time(), 3), **fields})
-            self._log.flush()

@@ -60,6 +60,8 @@ def changed_options(cfg: RunConfig, run_dir: epath.Path, new_data: bool = False)
         ) from None
     changed = differences(stored, cfg)
     allowed = _MAY_CHANGE + (_DATA if new_data else ())
+    if stored.model.moe and stored.model.moe.aux_loss:  # which balances within a microbatch
+        allowed = tuple(name for name in allowed if name != "gradient_accumulation")
     if refused := {name: values for name, values in changed.items() if not name.startswith(allowed)}:
         mend = "restore the options or name another folder"
         if all(name.startswith(_DATA) for name in refused):

@@ -8,8 +8,14 @@ from dataclasses import replace
 from etils import epath
 
 from moe_jax.config import RunConfig
+from moe_jax.data.sources import source_files
+from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import Preempted, UserError
 from moe_jax.files import AnyPath, location
+from moe_jax.model.describe import describe
+from moe_jax.parallel.mesh import make_mesh
+from moe_jax.parallel.rules import check_divisible
+from moe_jax.run_lock import require_plain
 from moe_jax.train.agreement import together
 from moe_jax.train.trainer import fit, is_complete
 from moe_jax.train.watch import StopRequest
@@ -27,6 +33,9 @@ def run_stages(configs: Sequence[RunConfig], root: AnyPath, *, new_data: bool = 
     for name in names:
         if not name or "/" in name or name.startswith("."):
             raise UserError(f"stage {name!r} names a folder here; set a stage without a slash or a leading dot")
+    for before, cfg in zip([None, *configs[:-1]], configs, strict=True):
+        if not is_complete(cfg, location(root) / cfg.stage, new_data):
+            _require_usable(cfg, before, location(root) / cfg.stage)
     folders: list[epath.Path] = []
     stop = StopRequest()
     for cfg in configs:
@@ -40,3 +49,21 @@ def run_stages(configs: Sequence[RunConfig], root: AnyPath, *, new_data: bool = 
             fit(cfg, folder, new_data=new_data, stop=stop)
         folders.append(folder)
     return folders
+
+
+def _require_usable(cfg: RunConfig, before: RunConfig | None, folder: epath.Path) -> None:
+    """UserError for what `fit` would refuse when the stage's turn comes, after days of the stage `before`."""
+    require_plain(folder)
+    Tokenizer.load(cfg.data.tokenizer).require(cfg.model.vocab_size)
+    check_divisible(cfg, make_mesh(cfg.mesh))
+    if cfg.checkpoint.keep_best and not cfg.data.heldout:
+        raise UserError(f"{cfg.stage}: checkpoint.keep_best needs data.heldout, which is empty; name a source")
+    for source in (*cfg.data.sources, *(cfg.data.heldout if cfg.checkpoint.keep_best else ())):
+        source_files(source.path)
+    if before is not None:
+        shapes, needed = ({path: leaf.shape for path, leaf in describe(c.model).items()} for c in (before, cfg))
+        if other := sorted(path for path in shapes.keys() | needed if shapes.get(path) != needed.get(path)):
+            raise UserError(
+                f"{cfg.stage} has other parameters than {before.stage}, which it starts from ({other[0]} and "
+                f"{len(other) - 1} more); give both the same model"
+            )

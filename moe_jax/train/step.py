@@ -52,7 +52,8 @@ def _microbatches(batch: Batch, count: int) -> Batch:
 def make_loss_and_grads(cfg: RunConfig, mesh: Mesh) -> Callable[[dict, dict, Batch], Any]:
     """A function of (params, biases, batch) -> ((loss, Loss), grads), summed over microbatches.
 
-    The loss is the mean over the loss-bearing tokens of the whole batch, whatever the accumulation.
+    The loss is the mean over the loss-bearing tokens of the whole batch, whatever the accumulation; but the balance
+    loss, a product of two means, is one of each microbatch.
     """
     moe = cfg.model.moe
 

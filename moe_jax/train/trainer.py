@@ -29,6 +29,7 @@ from moe_jax.overrides import differences, from_dict, to_dict
 from moe_jax.parallel.batches import put_batch, put_votes, share_of_batch
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.processes import barrier, is_first
+from moe_jax.parallel.rules import check_divisible
 from moe_jax.run_lock import exclusive
 from moe_jax.train.agreement import by_first, together
 from moe_jax.train.catalogue import complete_records, complete_steps
@@ -72,6 +73,7 @@ def fit(
     tokenizer = Tokenizer.load(cfg.data.tokenizer)
     tokenizer.require(cfg.model.vocab_size)
     mesh = make_mesh(cfg.mesh, devices)
+    check_divisible(cfg, mesh)  # before hours of reading
     index, count = share_of_batch(mesh)
     with goodput.spent("data"):
         data = make_train_iterator(cfg.data, tokenizer, process_index=index, process_count=count)
@@ -100,6 +102,12 @@ def fit(
         )
         trainer.run(changes)
     return run_dir
+
+
+def _tell(text: str) -> None:
+    """A sentence on standard error, of one process for all."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _require_same_everywhere(cfg: RunConfig, **fingerprints: Any) -> None:
@@ -162,19 +170,15 @@ class _Trainer:
 
     def run(self, changes: dict[str, tuple[Any, Any]]) -> None:
         """Train to the last step, going back and past bad batches where the config says so."""
-        if (removed := self.checkpoints.clean()) and is_first():
-            print(
-                f"removed {', '.join(removed)}, which no save ended (no checksums.json)",
-                file=sys.stderr,
-                flush=True,
-            )
+        if removed := self.checkpoints.clean():
+            _tell(f"removed {', '.join(removed)}, which no save ended (no checksums.json)")
         step = self._restore()
         if step == self.cfg.steps:
             self.checkpoints.mark_final(step)  # it may be of a run that was to go further
         if is_first():
             describe_run(self.cfg, self.run_dir, self.mesh)
         if changes:
-            print(f"going on from step {step} with other options: {listed(changes)}", file=sys.stderr, flush=True)
+            _tell(f"going on from step {step} with other options: {listed(changes)}")
             self.history.event("config_changed", step, changes={k: list(v) for k, v in changes.items()})
         while True:
             with Metrics(self.run_dir, self.cfg, step, list(self.mesh.devices.flat)) as metrics:
@@ -192,8 +196,7 @@ class _Trainer:
         self._tell_completed()
         self._tell_goodput(self.cfg.steps)
         self.history.event("end", self.cfg.steps)
-        if is_first():
-            print(f"complete at step {self.cfg.steps}: {self.run_dir}", file=sys.stderr, flush=True)
+        _tell(f"complete at step {self.cfg.steps}: {self.run_dir}")
         barrier("end")
 
     def _restore(self) -> int:
@@ -203,10 +206,7 @@ class _Trainer:
         with self.goodput.spent("restore"):
             found = self.checkpoints.restore_latest(abstract_state(cfg, self.mesh))
             for damage in self.checkpoints.set_aside[seen:]:
-                print(
-                    "checkpoint {path} is damaged ({reason}); it is now {moved_to}".format(**damage),
-                    file=sys.stderr,
-                )
+                _tell("checkpoint {path} is damaged ({reason}); it is now {moved_to}".format(**damage))
                 self.history.event("damaged", found[2] if found else 0, **damage)
             if found is None:
                 by_first("never saved", self._require_never_saved)
@@ -217,9 +217,7 @@ class _Trainer:
             if step > cfg.steps:
                 raise UserError(f"{self.run_dir} is at step {step}, past steps={cfg.steps}; raise steps")
             if changed := self.data.set_state(stored["data"], self.new_data):
-                print(
-                    f"going on from step {step} with other data: {'; '.join(changed)}", file=sys.stderr, flush=True
-                )
+                _tell(f"going on from step {step} with other data: {'; '.join(changed)}")
                 self.history.event("data_changed", step, changes=changed)
             self.guard.reset(stored["recent_losses"])
             jax.block_until_ready(self.state)
@@ -243,7 +241,7 @@ class _Trainer:
         stored, _ = describe(path)
         self.tokenizer.require(cfg.model.vocab_size, stored["tokenizer"])
         if changes := changed_model(config_of(path, stored), cfg):
-            print(f"starting from {cfg.init_from} as another model: {listed(changes)}", file=sys.stderr, flush=True)
+            _tell(f"starting from {cfg.init_from} as another model: {listed(changes)}")
             self.history.event("model_changed", 0, changes={k: list(v) for k, v in changes.items()})
         params, biases = restore_model(path, abstract_state(cfg, self.mesh))
         return replace(init_state(cfg, self.mesh), params=params, biases=biases)
@@ -342,7 +340,7 @@ class _Trainer:
         self.saved = time.monotonic()
         self.dog.beat(step + 1)
         blocked = round(time.perf_counter() - begin, 3)
-        self.history.event("saved", step, blocked=blocked, heldout_loss=heldout)
+        self.history.note("saved", step, blocked=blocked, heldout_loss=heldout)
         self._tell_goodput(step)
         if wait:
             self.history.event("preempted", step, signal=self.stop.name)
@@ -387,6 +385,6 @@ class _Trainer:
             )
         self.data.skip(bad.batch)
         step = self._restore()
-        print(f"{sentence}: back to step {step}, past that batch", file=sys.stderr, flush=True)
+        _tell(f"{sentence}: back to step {step}, past that batch")
         self.history.event("rolled_back", bad.step, to=step)
         return step

@@ -21,8 +21,8 @@ _TELL_SECONDS = 10.0  # that the last words may take: what hangs may be the plac
 class StopRequest:
     """SIGTERM (a preemption notice) and SIGINT, which the loop obeys after a save.
 
-    A context manager; outside the main thread, where no signal arrives, it does nothing. A second SIGINT
-    interrupts. What came is still named after the block.
+    A context manager; outside the main thread, where no signal arrives, it does nothing. A SIGINT
+    after either interrupts. What came is still named after the block.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Watchdog:
         self._done.set()
 
     def beat(self, step: int, doing: str = "", at_least: float = 0.0) -> None:
-        """Something was finished; next comes this step, or what is done for it, for `at_least` so many minutes."""
+        """Progress; the next beat, after this step or what is done for it, may take `at_least` so many minutes."""
         self._now = (step, doing or f"step {step}", max(self._seconds, 60 * at_least), time.monotonic())
 
     def _watch(self) -> None:

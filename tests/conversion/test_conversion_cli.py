@@ -135,3 +135,28 @@ def test_executorch_asks_for_its_package_before_any_work(monkeypatch, capsys, tm
     assert main(words) == 2
     assert "pip install -r requirements/executorch.txt" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["export", "mobilemoe_s", "--random-weights", "--out", "o", "--step", "5"],
+            "--step means nothing to random",
+        ),
+        (["export", "runs/a", "m.litertlm", "--seed", "3"], "--seed means nothing to a run"),
+        (
+            ["gguf", "mobilemoe_s", "m.gguf", "--random-weights", "--quantize-float"],
+            "--quantize-float means nothing",
+        ),
+        (["executorch", "runs/a", "m.pte", "--seed", "1"], "--seed means nothing to a run"),
+    ],
+)
+def test_an_option_that_would_be_passed_over_is_refused(words, sentence, capsys):
+    assert main(words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_the_output_may_stand_behind_options(capsys, tmp_path):
+    assert main(["export", str(tmp_path), "--context", "64", str(tmp_path / "m.wrong")]) == 2
+    assert "end its name in .litertlm" in capsys.readouterr().err

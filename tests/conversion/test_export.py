@@ -66,6 +66,18 @@ def test_a_checkpoint_that_goes_while_it_is_exported_makes_no_bundle_of_zeros(to
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_folder_may_have_any_name(run, made, tokenizer, tmp_path):
+    """A URL of it would lead elsewhere: %41 is A, # ? and | end a path."""
+    for name, steps in (("x%41#b?c|d", 1), ("xA", 2)):
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name, SMALL, tokenizer, steps=steps)
+    export(tmp_path / "x%41#b?c|d", tmp_path / "odd.litertlm")
+    export(tmp_path / "xA", tmp_path / "first.litertlm", step=1)
+    export(tmp_path / "xA", tmp_path / "second.litertlm")
+    odd, first, second = ((tmp_path / f"{n}.safetensors").read_bytes() for n in ("odd", "first", "second"))
+    assert odd == first != second
+
+
 def test_a_checkpoint_becomes_a_bundle_and_a_safetensors_file_beside_it(run, made):
     parts = readback.sections(made["folder"] / "m.litertlm")
     assert parts.metadata.max_num_tokens == made["context"] == 64 and made["prefill"] == [4]

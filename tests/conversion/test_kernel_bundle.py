@@ -57,6 +57,16 @@ def test_the_engine_gives_the_references_answers(exported, kernel_bundle):
     assert np.abs(got - want).max() < CLOSE
 
 
+def test_prompts_read_token_by_token_get_the_references_answers(exported, run_dir, tmp_path):
+    """A prefill call of one token has no use for the last layer's attention, whose op is fused with its cache."""
+    export(run_dir, tmp_path / "m.litertlm", experts="kernel", context=CONTEXT, prefill=(1,))
+    ids = [exported.tokenizer.bos, *exported.tokenizer.encode(TEXT)]
+    with Engine(tmp_path / "m.litertlm", threads=1) as engine:
+        got = engine.score(TEXT)
+    want, _ = ties.nearest(exported.weights, ids, got, CLOSE)
+    assert np.abs(got - want).max() < CLOSE
+
+
 def test_a_stock_bundle_runs_as_before_once_the_kernel_is_there(exported, kernel_bundle):
     register.in_engine()
     with Engine(exported.bundle, threads=1) as engine:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conversion import kernel, weights
+from conversion.export import export_random
 from conversion.litert import bank, kernel_op, lower
 from conversion.litert.flatbuffer import Graph, Model
 from conversion.torch_model import StaticCache, _quarter_turn, swiglu
@@ -242,10 +243,14 @@ def test_what_does_not_fit_its_options_is_refused(tmp_path):
 # Whole models
 
 
-def test_more_experts_than_the_kernel_has_room_for_are_refused_by_the_export():
-    for shape, choices in (((1025, 64, 32), 2), ((70, 64, 32), 65)):
-        with pytest.raises(UserError, match=f"no room for {choices} of {shape[0]} experts; take"):
-            kernel_op.KernelExperts(0, shape, "silu").options(choices)
+def test_more_experts_than_the_kernel_has_room_for_are_refused_before_any_work(tmp_path):
+    for experts, choices in ((1025, 2), (70, 65)):
+        moe = dataclasses.replace(ROUTED, num_experts=experts, num_experts_per_tok=choices)
+        with pytest.raises(
+            UserError, match=f"no room for {choices} of {experts} experts .it has for 64 of 1024.; take"
+        ):
+            export_random(dataclasses.replace(MOE, moe=moe), tmp_path / "m.litertlm", experts="kernel", context=32)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("fits", "bias"), [(True, True), (False, True), (True, False)])

@@ -74,6 +74,10 @@ def test_fewer_sequences_at_a_time_are_more_microbatches_than_there_are():
     cfg = configs.load("mobilemoe_s", ["remat=full", "data.global_batch_size=128", "gradient_accumulation=2"])
     knob = first_knob(cfg, MESH | {"fsdp": 16}, GB, 31 * GB, 16 * GB)
     assert "gradient_accumulation=4 " in knob and "--per-device-batch 2" in knob
+    # Devices that share a sequence do not halve the sequences.
+    cfg = configs.load("mobilemoe_s", ["remat=full", "data.global_batch_size=16"])
+    knob = first_knob(cfg, MESH | {"fsdp": 8, "tensor": 2}, GB, 31 * GB, 16 * GB)
+    assert "gradient_accumulation=2 " in knob and "--per-device-batch 0.5" in knob
 
 
 # ---- verdicts ---------------------------------------------------------------------------------------

@@ -75,12 +75,11 @@ class Scripted(LocalJob):
     def command(self):
         return [sys.executable, "-c", CHILD, self.run]
 
-    @property
-    def environments(self):
+    def new_environments(self):
         with Path(self.run, "attempts").open("a") as file:
             file.write("x")
             attempt = {"ATTEMPT": str(file.tell())}
-        return [environment | attempt for environment in super().environments]
+        return [environment | attempt for environment in super().new_environments()]
 
 
 def supervise(job: LocalJob) -> int:
@@ -185,7 +184,7 @@ def test_a_local_run_is_recorded_and_resumed_exactly_from_anywhere(tiny, tmp_pat
     assert f"train {tmp_path}/config.json seed=7 --run run" in capfd.readouterr().out
     first, again = jobs
     assert again == first and (again.processes, again.devices, again.max_restarts) == (2, 3, 9)
-    assert again.folder == str(tmp_path) and again.environments[1]["JAX_ENABLE_X64"] == "0"
+    assert again.folder == str(tmp_path) and again.new_environments()[1]["JAX_ENABLE_X64"] == "0"
     assert read_record(str(tmp_path / "run"))["git"].keys() == {"commit", "diff", "untracked"}
 
 
@@ -271,13 +270,13 @@ def test_restarts_go_on_when_nobody_reads_what_is_said(tmp_path):
 
 def test_each_process_is_told_its_number_and_all_one_new_port():
     job = LocalJob("demo_pretrain", [], "r", processes=3, devices=2, environment={"JAX_PROCESS_ID": "9"})
-    first, second = job.environments, job.environments
+    first, second = job.new_environments(), job.new_environments()
     assert [environment["JAX_PROCESS_ID"] for environment in first] == ["0", "1", "2"]
     assert {e["JAX_COORDINATOR_ADDRESS"] for e in first} != {e["JAX_COORDINATOR_ADDRESS"] for e in second}
     assert {(e["JAX_NUM_PROCESSES"], e["JAX_PLATFORMS"], e["JAX_NUM_CPU_DEVICES"]) for e in first} == {
         ("3", "cpu", "2")
     }
-    (alone,) = LocalJob("demo_pretrain", [], "r", environment={}).environments
+    (alone,) = LocalJob("demo_pretrain", [], "r", environment={}).new_environments()
     assert not {"JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"} & alone.keys()
 
 

@@ -34,13 +34,14 @@ def planner(align, capacity, rows):
 
 
 def kept_pairs(ids_KT, capacity, rows):
-    """[K, T] by the rule, pair by pair: an expert's first so many, and in all as many as there are rows."""
+    """[K, T] by the rule: an expert's first so many, and as many of each as all together have rows for."""
+    pairs_E = [np.argwhere(ids_KT == e)[:capacity] for e in range(EXPERTS)]  # in K-major order: first choices first
+    level = max(map(len, pairs_E))
+    while sum(len(pairs[:level]) for pairs in pairs_E) > (PAIRS if rows is None else rows):
+        level -= 1
     kept = np.zeros(ids_KT.shape, bool)
-    left = PAIRS if rows is None else rows
-    for e in range(EXPERTS):
-        pairs = np.argwhere(ids_KT == e)[:capacity]  # in K-major order: first choices first
-        kept[tuple(pairs[:left].T)] = True
-        left -= min(left, len(pairs))
+    for pairs in pairs_E:
+        kept[tuple(pairs[:level].T)] = True
     return kept
 
 
@@ -151,14 +152,15 @@ def _kept_by_groups(ids_BSK, experts, capacity, rows):
     half = ids_BSK.shape[1] // 2
     for block in (np.s_[b : b + 2, c : c + half] for b in (0, 2) for c in (0, half)):
         group, kept_group = ids_BSK[block].reshape(-1, ids_BSK.shape[-1]), kept[block]
-        seen, left = np.zeros(experts, int), np.full(2, rows)
-        for e in range(experts):  # experts in order: a full buffer turns away the last of its device
-            for k in range(group.shape[1]):
-                for t in np.flatnonzero(group[:, k] == e):
-                    device = e // (experts // 2)
-                    if seen[e] < capacity and left[device] > 0:
-                        kept_group[np.unravel_index(t, kept_group.shape[:2])][k] = True
-                        seen[e], left[device] = seen[e] + 1, left[device] - 1
+        pairs_E = [[(t, k) for k in range(group.shape[1]) for t in np.flatnonzero(group[:, k] == e)][:capacity]
+                   for e in range(experts)]  # fmt: skip
+        for device in range(2):  # which keeps as many of each of its experts as fit together
+            own = pairs_E[device * experts // 2 : (device + 1) * experts // 2]
+            level = max(map(len, own))
+            while sum(len(pairs[:level]) for pairs in own) > rows:
+                level -= 1
+            for t, k in (pair for pairs in own for pair in pairs[:level]):
+                kept_group[np.unravel_index(t, kept_group.shape[:2])][k] = True
     return kept
 
 

@@ -28,14 +28,24 @@ def sizes(**axes):
         (sizes(), "mesh of one device does not fit 8"),
         (sizes(fsdp=-1, tensor=3), "mesh fsdp=-1, tensor=3 does not fit 8"),
         (sizes(slices=2, context=8), "mesh slices=2, context=8 does not fit 8"),
-        (sizes(data=-1, fsdp=-1), "mesh data=-1, fsdp=-1 is not usable.*at most one of them -1"),
-        (sizes(data=0), "mesh data=0 is not usable.*1 or more"),
-        (sizes(context=-2), "mesh context=-2 is not usable"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(cfg, message):
     with pytest.raises(UserError, match=message):
         make_mesh(cfg, jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"data": -1}, "mesh data=-1, fsdp=-1 is not usable.*at most one of them -1"),
+        ({"data": 0}, "mesh data=0, fsdp=-1 is not usable.*1 or more"),
+        ({"context": -2}, "mesh fsdp=-1, context=-2 is not usable"),
+    ],
+)
+def test_sizes_of_no_mesh_are_refused_where_they_are_written(axes, message):
+    with pytest.raises(UserError, match=message):
+        MeshConfig(**axes)
 
 
 def test_one_axis_may_take_the_remaining_devices():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -98,6 +99,16 @@ def test_finished_run_started_again_does_nothing(tiny, finished, tmp_path):
     tiny.fit(run)
     assert (run / "checkpoints/12/checksums.json").stat().st_mtime_ns == before
     assert losses(run) == losses(finished)
+
+
+def test_another_accumulation_is_another_balance_loss(tiny, finished, tmp_path):
+    """It is a product of two means of a microbatch, so that a resumed run would train for something else."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["moe"]["aux_loss"] = 0.01
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="gradient_accumulation was 1, is 2"):
+        tiny.fit(run, "model.moe.aux_loss=0.01", "gradient_accumulation=2")
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_go_over_its_log(tiny, finished, tmp_path):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import Preempted, UserError
+from moe_jax.overrides import apply
+from moe_jax.parallel.mesh import single_device_mesh
 from moe_jax.train import stages, trainer
 from moe_jax.train.checkpoint import complete_steps, final_checkpoint, load_parameters
 from moe_jax.train.metrics import read_metrics
@@ -88,6 +90,7 @@ def test_stages_follow_each_other_and_complete_ones_are_skipped(tiny, finished, 
         return tiny.fit(folder, f"stage={cfg.stage}", f"init_from={cfg.init_from}")
 
     monkeypatch.setattr(stages, "fit", fit)
+    monkeypatch.setattr(stages, "make_mesh", lambda _: single_device_mesh())
     shutil.copytree(finished, tmp_path / "pretrain")
     configs = [tiny.cfg, tiny.variant("stage=midtrain")]
     folders = run_stages(configs, tmp_path)
@@ -104,4 +107,22 @@ def test_stages_follow_each_other_and_complete_ones_are_skipped(tiny, finished, 
 def test_a_stage_that_is_no_name_of_a_folder_is_refused_before_any_is_trained(tiny, tmp_path, name):
     with pytest.raises(UserError, match="names a folder"):
         run_stages([tiny.cfg, replace(tiny.cfg, stage=name)], tmp_path / "root")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["data.tokenizer=none.json"], "no tokenizer at"),
+        (["data.sources.0.path=none.txt"], "no file matches 'none.txt'"),
+        (["checkpoint.keep_best=true", "data.heldout=[]"], "keep_best needs data.heldout"),
+        (["model.num_layers=3"], "next has other parameters than pretrain"),
+        (["mesh.context=3"], "does not fit 8"),
+        (["mesh.fsdp=1", "mesh.data=8", "gradient_accumulation=2"], "sequences per microbatch 4 does not divide"),
+    ],
+)
+def test_what_a_later_stage_lacks_is_said_before_an_earlier_one_is_trained(tiny, tmp_path, options, words):
+    first = tiny.variant("data.global_batch_size=8")
+    with pytest.raises(UserError, match=words):
+        run_stages([first, apply(first, ["stage=next", *options])], tmp_path / "root")
     assert not list(tmp_path.iterdir())

@@ -71,6 +71,7 @@ void run_self_attention(const Isa& isa, const AttentionShape& s, const SelfAtten
     std::memcpy(c.k + at, turned + (heads + g) * n, n * sizeof(float));
     std::memcpy(c.v + at, qkv + (heads + groups + g) * n, n * sizeof(float));
   }
+  if (!c.y) return;  // nobody reads it in the last layer of a prefill, so the runtime has no memory for it
   run_attention(isa, {groups, heads / groups, n, c.length, c.position + 1, turned, c.k, c.v, c.mask, seen}, threads);
   run_linear(isa, {s.width, static_cast<uint32_t>(heads * n)}, 1, seen, c.out, c.y, threads);
   add(isa, c.x, width, c.y);
