@@ -13,6 +13,7 @@ import yaml
 
 from launch.job import MOUNT, Job, kubernetes_literal, shell
 from moe_jax.errors import MISTAKEN, PREEMPTED
+from moe_jax.run_lock import OWNER
 
 _CONTAINER = "train"
 
@@ -51,6 +52,13 @@ def manifest(job: Job) -> dict[str, Any]:
 
 
 _EVICTED = {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+
+
+# BlockingRecreate ends all pods of a JobSet before it starts them again: a lease of its own is an earlier pod's.
+_OWNER = {
+    "name": OWNER,
+    "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/jobset-uid']"}},
+}
 
 
 def _fail_on(status: int) -> dict[str, Any]:
@@ -119,7 +127,7 @@ def _pod_template(job: Job) -> dict[str, Any]:
         "name": _CONTAINER,
         "image": job.image,
         "command": [kubernetes_literal(word) for word in job.command],
-        "env": [{"name": name, "value": kubernetes_literal(value)} for name, value in job.env.items()],
+        "env": [{"name": name, "value": kubernetes_literal(value)} for name, value in job.env.items()] + [_OWNER],
         "resources": {"limits": {"google.com/tpu": kind.chips_per_host}},
         "volumeMounts": mounts,
         # The driver locks the memory through which it talks to the chips, more than a container may by itself:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launch.job import Job, shell
 from moe_jax.errors import MISTAKEN, PREEMPTED, UserError
+from moe_jax.run_lock import OWNER
 
 _SOUND_SECONDS = 3600  # after a run of so long the crashes before it count no more
 _QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
@@ -20,7 +21,7 @@ def startup_script(job: Job) -> str:
     """
     environment = [word for name, value in job.env.items() for word in ("--env", f"{name}={value}")]
     run = [
-        "docker", "run", "--rm", "--name=train", "--privileged", "--network=host", "--ipc=host",
+        "--rm", "--name=train", "--privileged", "--network=host", "--ipc=host",
         "--ulimit=memlock=-1", f"--stop-timeout={job.grace_seconds}", *environment, job.image, *job.command,
     ]  # fmt: skip
     registry = job.image.partition("/")[0]
@@ -31,10 +32,11 @@ def startup_script(job: Job) -> str:
 #!/bin/bash
 {login}until docker pull {shell([job.image])}; do sleep 30; done
 restarts=0
+machine=$(cat /proc/sys/kernel/random/boot_id)  # a lease of this machine's is that of the container before
 while true; do
   docker rm --force train 2>/dev/null
   begun=$SECONDS
-  {shell(run)}
+  docker run --env {OWNER}="$machine" {shell(run)}
   status=$?
   [ $((SECONDS - begun)) -gt {_SOUND_SECONDS} ] && restarts=0
   case $status in

@@ -26,15 +26,18 @@ BEAT_SECONDS = 20.0
 _BEATS_TO_STALE = 6
 _NAME, _HOLDER = ".lock", "process {} on {}"
 _OBJECT = "b/{}/o/{}"
+# A variable by which a launcher says that of processes with this value only the newest is alive.
+OWNER = "MOE_JAX_OWNER"
 
 
 @contextlib.contextmanager
 def exclusive(run_dir: AnyPath) -> Iterator[Callable[[], None]]:
     """Hold the run folder, made where it is missing; UserError naming process and host of another holder.
 
-    In a bucket, the lease of a process that is not known to be dead is watched for up to two minutes before it is
-    taken over, so that a killed run starts again by itself. The function that this yields raises UserError
-    where the lease was lost, as to a machine that stood still for so long; call it before each save.
+    In a bucket, the lease of a process that is not known to be dead (by its id, or by OWNER) is watched for up to
+    two minutes before it is taken over, so that a killed run starts again by itself. The function that this yields
+    raises UserError where the lease was lost, as to a machine that stood still for so long; call it before each
+    save.
     """
     require_plain(run_dir)
     with _leased(str(location(run_dir))) if is_remote(run_dir) else _locked(Path(location(run_dir))) as check:
@@ -133,7 +136,7 @@ def _leased(run_dir: str) -> Iterator[Callable[[], None]]:
 
 def _acquire(run_dir: str, path: str) -> str:
     """The generation of a lease of our own."""
-    lease = {"holder": _myself(), "pid": os.getpid(), "pids_of": _pids_of()}
+    lease = {"holder": _myself(), "pid": os.getpid(), "pids_of": _pids_of(), "owner": os.environ.get(OWNER, "")}
     seen, since = None, time.monotonic()
     while True:
         with contextlib.suppress(FileExistsError):
@@ -165,7 +168,9 @@ def _pids_of() -> str:
 
 
 def _is_dead(lease: dict[str, Any]) -> bool:
-    return lease["pids_of"] == _pids_of() != "" and not Path(f"/proc/{lease['pid']}").exists()
+    if lease["pids_of"] == _pids_of() != "":
+        return not Path(f"/proc/{lease['pid']}").exists()
+    return lease.get("owner", "") == os.environ.get(OWNER) != ""
 
 
 def _look(path: str) -> tuple[dict[str, str], dict[str, Any]]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from launch.jobset import hints, manifest, render
 from launch.record import read_record
 from moe_jax.errors import HUNG, UserError
+from moe_jax.run_lock import OWNER
 from tests.launch.pod_jobs import NASTY, SUBMIT, TOPOLOGIES, calls, expanded, fake_tools, job, run
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +216,9 @@ def test_any_argument_and_variable_reaches_the_trainer_as_it_was_given(words):
     found = yaml.safe_load(render(given_job))
     spec = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
     assert [expanded(word, given_job.env) for word in spec["command"]] == given_job.command
-    assert {item["name"]: expanded(item["value"], given_job.env) for item in spec["env"]} == given_job.env
+    *given, owner = spec["env"]
+    assert {item["name"]: expanded(item["value"], given_job.env) for item in given} == given_job.env
+    assert owner["name"] == OWNER and "jobset-uid" in owner["valueFrom"]["fieldRef"]["fieldPath"]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_bash_hands_docker_exactly_the_arguments_that_were_given(words):
     )
     got = done.stdout.decode().split("\0")[:-1]
     assert got[-len(queued.command) :] == queued.command
-    assert [got[i + 1] for i, word in enumerate(got) if word == "--env"][2:] == [
+    assert [got[i + 1] for i, word in enumerate(got) if word == "--env"][3:] == [
         f"V{i}={word}" for i, word in enumerate(words)
     ]
 
