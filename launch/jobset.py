@@ -118,7 +118,8 @@ def _pod_template(job: Job) -> dict[str, Any]:
         # Checkpoints are committed, and set aside, by renaming their folders. In buckets without a hierarchical
         # namespace gcsfuse refuses that (its limit is 0), unless it knows the machine type; then it has this limit:
         # https://cloud.google.com/storage/docs/cloud-storage-fuse/cli-options
-        options = "implicit-dirs,rename-dir-limit=200000"
+        # What a host knows of the bucket it would else know for good on large machines, whatever its peers do.
+        options = "implicit-dirs,rename-dir-limit=200000,metadata-cache:ttl-secs:0"
         attributes = {"bucketName": job.bucket_name, "mountOptions": options}
         driver = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}
         volumes.append({"name": "bucket", "csi": driver})

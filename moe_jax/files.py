@@ -245,10 +245,11 @@ class LineLog:
 
     def flush(self) -> None:
         """Return when all that was written can be read by others; UserError where it cannot be sent."""
-        if self._file is not None:
-            return
         try:
-            self._send()
+            if self._file is None:
+                self._send()
+            else:
+                os.fsync(self._file.fileno())  # a mounted bucket has until then what was there when it was opened
         except Exception as error:
             raise _unwritable(self._path, error) from None
 
