@@ -40,10 +40,10 @@ class DenseExperts:
         column = (tokens, choices, 1)
         weights = g.add("RESHAPE", [weights, g.const(column)], (column, "float32"))
         chosen = g.add("MUL", [chosen, weights], kind)
-        mix = g.add("SUM", [chosen, g.const([1])], ((tokens, experts), "float32"))
+        routing = g.add("SUM", [chosen, g.const([1])], ((tokens, experts), "float32"))
         column = (tokens, experts, 1)
-        mix = g.add("RESHAPE", [mix, g.const(column)], (column, "float32"))
-        h = g.add("MUL", [h, mix], (split, "float32"))
+        routing = g.add("RESHAPE", [routing, g.const(column)], (column, "float32"))
+        h = g.add("MUL", [h, routing], (split, "float32"))
         h = g.add("RESHAPE", [h, g.const(wide[0])], wide)
         g.fully_connected(h, g.int4(self._down), out)
 

@@ -68,8 +68,8 @@ class Stock:
             pairs = [[content.store((part,), e) for part in names] for e in range(count)]
             first, second = (list(side) for side in zip(*pairs, strict=True))
             self._banks[name] = Experts(content.model, first, second, content.activation, name)
-        h, ids, mix = inputs
-        expand(g, self._banks[name], h, ids, mix, outs[0])
+        h, ids, routing = inputs
+        expand(g, self._banks[name], h, ids, routing, outs[0])
 
 
 class Dense(Stock):
@@ -113,8 +113,8 @@ class Kernel(Stock):
 
     def experts(self, g: Graph, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
         """See `Stock.experts`."""
-        h, ids, mix = inputs
-        self._experts(options["names"][0]).expand(g, h, ids, mix, outs[0])
+        h, ids, routing = inputs
+        self._experts(options["names"][0]).expand(g, h, ids, routing, outs[0])
 
     def self_attention(self, g: Graph, options: Options, inputs: Sequence[int], outs: Sequence[int]) -> None:
         """The first half of a layer for one token."""

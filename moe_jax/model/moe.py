@@ -43,8 +43,10 @@ class Router(nnx.Module):
         )
         self.moe = moe
 
-    def __call__(self, x_BSD: jax.Array, real_BS: jax.Array, mesh: Mesh):
-        """(ids_BSK with num_experts at padding, weights_BSK float32, stats without drops)."""
+    def __call__(
+        self, x_BSD: jax.Array, real_BS: jax.Array, mesh: Mesh
+    ) -> tuple[jax.Array, jax.Array, RouterStats]:
+        """(ids_BSK with num_experts at padding, routing_BSK float32 weights, stats without drops)."""
         moe = self.moe
         logits = product(
             "bsd,de->bse", x_BSD.astype(jnp.float32), self.kernel[...], mesh,
@@ -127,7 +129,7 @@ class Experts(nnx.Module):
         return compute.cut(self.gate_up), compute.cut(self.down)
 
     def rows(self, implementation: str, compute: Compute):
-        """The function of (rows_RD sorted by expert, mix_R, sizes_E, gate_up, down [E, D, F]) for the dispatcher.
+        """The dispatcher's function of (rows_RD sorted by expert, routing_R, sizes_E, gate_up, down [E, D, F]).
 
         The weight of a row multiplies the input of the down product instead of its output: the same by
         linearity, on half as many columns, and its gradient falls out of the activation's pass.
@@ -135,17 +137,17 @@ class Experts(nnx.Module):
 
         quantized = compute.quant is not None and compute.quant.quantize_activations
 
-        def gated(pair_R2F, mix_R):
+        def gated(gate_up_R2F, routing_R):
             if quantized:  # INT8 rows are rounded before the weight, as the deployed product does
-                plain = gate_rows(pair_R2F, jnp.ones_like(mix_R), self.activation)
-                return (compute.activation(plain) * mix_R[:, None]).astype(pair_R2F.dtype)
+                plain = gate_rows(gate_up_R2F, jnp.ones_like(routing_R), self.activation)
+                return (compute.activation(plain) * routing_R[:, None]).astype(gate_up_R2F.dtype)
             gate = gate_rows_fused if implementation == "megablox" else gate_rows
-            return gate(pair_R2F, mix_R, self.activation)
+            return gate(gate_up_R2F, routing_R, self.activation)
 
-        def run(rows_RD, mix_R, sizes_E, gate_up_ED2F, down_EDF):
-            pair_R2F = grouped_matmul(rows_RD, gate_up_ED2F, sizes_E, implementation=implementation)
+        def run(rows_RD, routing_R, sizes_E, gate_up_ED2F, down_EDF):
+            gate_up_R2F = grouped_matmul(rows_RD, gate_up_ED2F, sizes_E, implementation=implementation)
             return grouped_matmul(
-                gated(pair_R2F, mix_R), down_EDF, sizes_E, implementation=implementation, transpose_rhs=True
+                gated(gate_up_R2F, routing_R), down_EDF, sizes_E, implementation=implementation, transpose_rhs=True
             )  # fmt: skip
 
         return run
@@ -176,14 +178,14 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BSD: jax.Array, real_BS: jax.Array, compute: Compute) -> tuple[jax.Array, RouterStats]:
         """The feed-forward of one layer; `real_BS` is false at padding."""
-        ids_BSK, mix_BSK, stats = self.router(x_BSD, real_BS, compute.mesh)
+        ids_BSK, routing_BSK, stats = self.router(x_BSD, real_BS, compute.mesh)
         implementation = implementation_for(platform(compute.mesh))
         y_BSD, kept = through_experts(
             self.experts.rows(implementation, compute),
             self.experts.weights(compute),
             compute.activation(x_BSD),
             ids_BSK,
-            mix_BSK,
+            routing_BSK,
             self.moe,
             compute.mesh,
             row_alignment(implementation),

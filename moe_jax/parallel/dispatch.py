@@ -28,7 +28,7 @@ from moe_jax.chips import LANES
 from moe_jax.config import MoEConfig
 from moe_jax.parallel.rules import BATCH_AXES, spec
 
-# rows_RD, mix_R, group_sizes_E, *weights -> rows_RD, each row times its mix
+# rows_RD, routing_R (weights of the rows), group_sizes_E, *weights -> rows_RD, each times its routing weight
 Experts = Callable[..., jax.Array]
 WEIGHT_AXES = (("expert", "embed", "expert_mlp"), ("expert", "expert_mlp", "embed"))
 PASS_PAIRS = 65_536
@@ -130,21 +130,21 @@ _sum_rows.defvjp(
 
 
 @jax.custom_vjp
-def _take_mix(mix_KT: jax.Array, plan: Plan) -> jax.Array:
+def _take_routing(routing_KT: jax.Array, plan: Plan) -> jax.Array:
     """The weight of each row's pair, 0 at holes."""
-    return mix_KT.reshape(-1).at[plan.pair_R].get(mode="fill", fill_value=0)
+    return routing_KT.reshape(-1).at[plan.pair_R].get(mode="fill", fill_value=0)
 
 
-_take_mix.defvjp(
-    lambda mix_KT, plan: (_take_mix(mix_KT, plan), plan),
+_take_routing.defvjp(
+    lambda routing_KT, plan: (_take_routing(routing_KT, plan), plan),
     lambda plan, grad_R: (jnp.where(plan.kept_KT, grad_R[plan.row_KT], 0), None),
 )
 
 
-def run_local(experts: Experts, weights, x_TD, mix_KT, plan: Plan):
+def run_local(experts: Experts, weights, x_TD, routing_KT, plan: Plan):
     """Dispatch, experts, combine on one device: (y_TD, kept pairs int32)."""
     rows_RD = checkpoint_name(_take_rows(x_TD, plan), "dispatch")
-    rows_RD = experts(rows_RD, _take_mix(mix_KT, plan), plan.sizes_E, *weights)
+    rows_RD = experts(rows_RD, _take_routing(routing_KT, plan), plan.sizes_E, *weights)
     return _sum_rows(rows_RD, plan), plan.kept_KT.sum(dtype=jnp.int32)
 
 
@@ -153,12 +153,12 @@ def through_experts(
     weights: tuple[jax.Array, jax.Array],
     x_BSD: jax.Array,
     ids_BSK: jax.Array,
-    mix_BSK: jax.Array,
+    routing_BSK: jax.Array,
     moe: MoEConfig,
     mesh: Mesh,
     align: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """sum_k mix_k * expert_{ids_k}(x) for every token, and the number of pairs that were computed.
+    """sum_k routing_k * expert_{ids_k}(x) for every token, and the number of pairs that were computed.
 
     `ids_BSK` of `num_experts` marks a pair that goes nowhere (padding). `weights` are gate|up [E, D, 2F] and
     down [E, F, D], cut over fsdp along D and over expert along E; they are gathered over fsdp inside, so the
@@ -169,22 +169,22 @@ def through_experts(
     group = mesh.shape["expert"]
     local_experts = moe.num_experts // group
 
-    def body(weights, x_BSD, ids_BSK, mix_BSK):
+    def body(weights, x_BSD, ids_BSK, routing_BSK):
         gate_up, down = weights
         down = down.swapaxes(1, 2)
         if mesh.shape["fsdp"] > 1:
             gate_up, down = (jax.lax.all_gather(w, "fsdp", axis=1, tiled=True) for w in (gate_up, down))
-        x, ids, mix = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, ids_BSK, mix_BSK))
+        x, ids, routing = (a.reshape(-1, a.shape[-1]) for a in (x_BSD, ids_BSK, routing_BSK))
         if group > 1:
-            x, ids, mix = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, ids, mix))
+            x, ids, routing = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, ids, routing))
             ids = ids - jax.lax.axis_index("expert") * local_experts
             ids = jnp.where((ids >= 0) & (ids < local_experts), ids, local_experts)
 
-        def one_pass(x_TD, ids_TK, mix_TK):
+        def one_pass(x_TD, ids_TK, routing_TK):
             plan = plan_rows(ids_TK.T, local_experts, align=align, **_bounds(moe, ids_TK.shape[0], group))
-            return run_local(experts, (gate_up, down), x_TD, mix_TK.T, plan)
+            return run_local(experts, (gate_up, down), x_TD, routing_TK.T, plan)
 
-        y_TD, kept = _in_passes(one_pass, x, ids, mix)
+        y_TD, kept = _in_passes(one_pass, x, ids, routing)
         if group > 1:
             y_TD = jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
         # One count per device: a sum in here returned as replicated could not be checked.
@@ -196,7 +196,7 @@ def through_experts(
         in_specs=(tuple(spec(axes) for axes in WEIGHT_AXES), TOKENS, TOKENS, TOKENS),
         out_specs=(TOKENS, PartitionSpec((*BATCH_AXES, "context", "tensor"))),
         check_vma=False,  # megablox has no replication types; every output above is cut by tokens
-    )(weights, x_BSD, ids_BSK, mix_BSK)
+    )(weights, x_BSD, ids_BSK, routing_BSK)
     return y_BSD, kept.sum()
 
 
@@ -209,16 +209,16 @@ def number_of_passes(tokens: int, per_token: int) -> int:
     return next((n for n in range(wanted, 4 * wanted + 1) if tokens % n == 0), 1)
 
 
-def _in_passes(one_pass: Callable, x_TD: jax.Array, ids_TK: jax.Array, mix_TK: jax.Array):
+def _in_passes(one_pass: Callable, x_TD: jax.Array, ids_TK: jax.Array, routing_TK: jax.Array):
     """`one_pass` over so few tokens at a time that the rows of a pass stay below PASS_PAIRS.
 
     Beyond that, larger products are no faster; only their rows, several arrays of them, take more memory.
     """
     passes = number_of_passes(*ids_TK.shape)
     if passes == 1:
-        return one_pass(x_TD, ids_TK, mix_TK)
+        return one_pass(x_TD, ids_TK, routing_TK)
     again = jax.checkpoint(lambda xs: one_pass(*xs), prevent_cse=False)
-    y, kept = jax.lax.map(again, tuple(a.reshape(passes, -1, a.shape[-1]) for a in (x_TD, ids_TK, mix_TK)))
+    y, kept = jax.lax.map(again, tuple(a.reshape(passes, -1, a.shape[-1]) for a in (x_TD, ids_TK, routing_TK)))
     return y.reshape(x_TD.shape), kept.sum()
 
 

@@ -21,7 +21,7 @@ def test_all_experts_give_the_sparse_answer_up_to_int8_rounding(activation, tmp_
     values = {
         "x": rng.standard_normal((6, 64)).astype(np.float32),
         "ids": np.stack([rng.permutation(5)[:2] for _ in range(6)]).astype(np.int32),
-        "mix": rng.random((6, 2)).astype(np.float32),
+        "routing": rng.random((6, 2)).astype(np.float32),
     }
     for form in (Experts, DenseExperts):
         model = Model()
@@ -29,9 +29,9 @@ def test_all_experts_give_the_sparse_answer_up_to_int8_rounding(activation, tmp_
         names = {key: g.input(v.shape, str(v.dtype), key) for key, v in values.items()}
         out, experts = g.tensor((6, 64), "float32", "y"), form(model, gate_up, down, activation)
         if isinstance(experts, Experts):
-            expand(g, experts, names["x"], names["ids"], names["mix"], out)
+            expand(g, experts, names["x"], names["ids"], names["routing"], out)
         else:
-            experts.expand(g, names["x"], names["ids"], names["mix"], out)
+            experts.expand(g, names["x"], names["ids"], names["routing"], out)
         g.outputs = [out]
         model.signature("layer", g, names, {"y": out})
         model.write(tmp_path / "layer.tflite")

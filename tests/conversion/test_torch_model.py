@@ -67,10 +67,10 @@ def test_the_bias_chooses_experts_and_never_weighs_them():
     bias[3] = 10.0
     dict(model.named_buffers())["model_layers_0_feed_forward_expert_bias"].copy_(bias)
     ops, given = Reference(source), model.expert_bias(0, ROUTED)
-    ids, mix = ops.route(h, ROUTED, f"{name}.router.weight", given)
+    ids, routing = ops.route(h, ROUTED, f"{name}.router.weight", given)
     assert torch.all(ids[:, 0] == 3)
     chosen = scores.gather(1, ids.long())
-    assert torch.allclose(mix, 2.5 * chosen / chosen.sum(1, keepdim=True), atol=1e-6)
+    assert torch.allclose(routing, 2.5 * chosen / chosen.sum(1, keepdim=True), atol=1e-6)
 
 
 @pytest.mark.parametrize("level", [0, -20, -44, -50, -80])
@@ -81,9 +81,9 @@ def test_a_token_that_no_expert_wants_has_the_weights_that_it_has_in_training(le
         def router(self, h, name):
             return logits
 
-    _, mix = Given(weights.random(MOE)).route(torch.zeros(6, 64), ROUTED, "", torch.zeros(5))
+    _, routing = Given(weights.random(MOE)).route(torch.zeros(6, 64), ROUTED, "", torch.zeros(5))
     chosen = torch.sigmoid(logits).sort(descending=True).values[:, :2].numpy()
-    np.testing.assert_allclose(mix, 2.5 * normalised(jnp.asarray(chosen)), rtol=1e-5)
+    np.testing.assert_allclose(routing, 2.5 * normalised(jnp.asarray(chosen)), rtol=1e-5)
 
 
 def test_equal_scores_go_to_the_lower_index():
@@ -96,8 +96,8 @@ def test_every_expert_runs_on_its_own_tokens_only():
     ops, name = Reference(source, int8_activations=False), "model.layers.1.feed_forward.experts"
     h = torch.randn(4, 64)
     ids = torch.tensor([[0, 4], [4, 1], [2, 2], [3, 0]], dtype=torch.int32)
-    mix = torch.rand(4, 2)
-    got = ops.experts(h, ids, mix, name)
+    routing = torch.rand(4, 2)
+    got = ops.experts(h, ids, routing, name)
     gate_up, down = (source.int4(f"{name}.{p}_proj").dequantize() for p in ("gate_up", "down"))
     for token in range(4):
         want = torch.zeros(64)
@@ -105,5 +105,5 @@ def test_every_expert_runs_on_its_own_tokens_only():
             expert = int(ids[token, slot])
             gate, up = (torch.from_numpy(gate_up[expert]) @ h[token]).chunk(2)
             inner = torch.nn.functional.silu(gate) * up
-            want += mix[token, slot] * (torch.from_numpy(down[expert]) @ inner)
+            want += routing[token, slot] * (torch.from_numpy(down[expert]) @ inner)
         assert torch.allclose(got[token], want, atol=1e-5)

@@ -84,8 +84,8 @@ def logits(parameters: dict[str, np.ndarray], cfg: ModelConfig, ids, positions, 
             continue
         y = np.zeros_like(x)
         for t in range(len(ids)):
-            chosen, mix = route(h[t], w["ffn/router/kernel"], w["ffn/router/bias"], cfg.moe)
-            for e, m in zip(chosen, mix, strict=True):
+            chosen, routing = route(h[t], w["ffn/router/kernel"], w["ffn/router/bias"], cfg.moe)
+            for e, m in zip(chosen, routing, strict=True):
                 gate, up = np.split(w["ffn/experts/gate_up"][e], 2, axis=-1)
                 y[t] += m * _gated(h[t], gate, up, w["ffn/experts/down"][e], cfg.activation)
         if cfg.moe.shared_expert_width:

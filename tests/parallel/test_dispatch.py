@@ -92,19 +92,19 @@ def test_capacity_keeps_first_choices_before_second_ones():
     assert plan.kept_KT.tolist() == [[True, True, True], [True, False, True]]
 
 
-def _scaled(rows_RD, mix_R, sizes_E, factor_E):
+def _scaled(rows_RD, routing_R, sizes_E, factor_E):
     """An "expert" that multiplies by its own factor, and NaN in rows that belong to nobody."""
     expert_R = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(rows_RD.shape[0]), side="right")
     factor = jnp.append(factor_E, jnp.nan)[expert_R]
-    return rows_RD * (mix_R * factor)[:, None]
+    return rows_RD * (routing_R * factor)[:, None]
 
 
 @quick
-def _run(plan, x_TD, mix_KT, factor_E, grad_TD):
-    def local(x_TD, mix_KT, factor_E):
-        return run_local(_scaled, (factor_E,), x_TD, mix_KT, plan)
+def _run(plan, x_TD, routing_KT, factor_E, grad_TD):
+    def local(x_TD, routing_KT, factor_E):
+        return run_local(_scaled, (factor_E,), x_TD, routing_KT, plan)
 
-    y_TD, transpose, kept = jax.vjp(local, x_TD, mix_KT, factor_E, has_aux=True)
+    y_TD, transpose, kept = jax.vjp(local, x_TD, routing_KT, factor_E, has_aux=True)
     return y_TD, kept, *transpose(grad_TD)
 
 
@@ -114,18 +114,20 @@ def test_every_kept_pair_reaches_its_expert_and_comes_back(ids_KT, limits):
     """Value and every gradient; nothing of rows past the last expert, which are NaN both ways, is read."""
     rng = np.random.default_rng(0)
     x_TD, grad_TD = (rng.standard_normal((TOKENS, 3)).astype(np.float32) for _ in range(2))
-    mix_KT = rng.standard_normal((CHOICES, TOKENS)).astype(np.float32)
-    y_TD, kept, grad_x, grad_mix, grad_factor = _run(planner(*limits)(ids_KT), x_TD, mix_KT, FACTORS, grad_TD)
+    routing_KT = rng.standard_normal((CHOICES, TOKENS)).astype(np.float32)
+    y_TD, kept, grad_x, grad_routing, grad_factor = _run(
+        planner(*limits)(ids_KT), x_TD, routing_KT, FACTORS, grad_TD
+    )
 
     kept_KT = kept_pairs(ids_KT, *limits[1:])
     factor_KT = np.where(kept_KT, np.append(FACTORS, 0)[ids_KT], 0)
-    want = (mix_KT * factor_KT).sum(0)[:, None]
+    want = (routing_KT * factor_KT).sum(0)[:, None]
     assert int(kept) == kept_KT.sum()
     np.testing.assert_allclose(y_TD, want * x_TD, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(grad_x, want * grad_TD, rtol=1e-4, atol=1e-5)
     product_T = (x_TD * grad_TD).sum(1)
-    np.testing.assert_allclose(grad_mix, factor_KT * product_T, rtol=1e-4, atol=1e-4)
-    by_expert = [(kept_KT * (ids_KT == e) * mix_KT * product_T).sum() for e in range(EXPERTS)]
+    np.testing.assert_allclose(grad_routing, factor_KT * product_T, rtol=1e-4, atol=1e-4)
+    by_expert = [(kept_KT * (ids_KT == e) * routing_KT * product_T).sum() for e in range(EXPERTS)]
     np.testing.assert_allclose(grad_factor, by_expert, rtol=1e-3, atol=1e-3)
 
 
@@ -133,17 +135,19 @@ def test_a_token_sums_its_rows_in_float32():
     """Four bfloat16 rows that cancel but for the small ones, which a sum in bfloat16 would lose."""
 
     @quick
-    def run(x_TD, ids_KT, mix_KT):
-        return run_local(lambda r, mix, _: r * mix[:, None].astype(r.dtype), (), x_TD, mix_KT, plan_rows(ids_KT, 4))
+    def run(x_TD, ids_KT, routing_KT):
+        return run_local(
+            lambda r, routing, _: r * routing[:, None].astype(r.dtype), (), x_TD, routing_KT, plan_rows(ids_KT, 4)
+        )
 
-    ids_KT, mix_KT = jnp.arange(4)[:, None], jnp.asarray([[256.0], [1.0], [-256.0], [0.5]])
-    y_TD, _ = run(jnp.ones((1, 2), jnp.bfloat16), ids_KT, mix_KT)
+    ids_KT, routing_KT = jnp.arange(4)[:, None], jnp.asarray([[256.0], [1.0], [-256.0], [0.5]])
+    y_TD, _ = run(jnp.ones((1, 2), jnp.bfloat16), ids_KT, routing_KT)
     assert y_TD.dtype == jnp.bfloat16 and (y_TD == 1.5).all()
 
 
-def _stand_in(rows_RD, mix_R, sizes_E, gate_up_EDF, down_EDF):
+def _stand_in(rows_RD, routing_R, sizes_E, gate_up_EDF, down_EDF):
     """`_scaled` by the sum of an expert's weights, which checks that they are whole and its own."""
-    return _scaled(rows_RD, mix_R, sizes_E, gate_up_EDF.sum((1, 2)) + down_EDF.sum((1, 2)))
+    return _scaled(rows_RD, routing_R, sizes_E, gate_up_EDF.sum((1, 2)) + down_EDF.sum((1, 2)))
 
 
 def _kept_by_groups(ids_BSK, experts, capacity, rows):
@@ -182,19 +186,19 @@ def test_an_expert_group_drops_its_own_excess_and_counts_it(options, capacity, r
     rng = np.random.default_rng(0)
     x_BSD = rng.standard_normal((4, 16, 4)).astype(np.float32)
     ids_BSK = rng.integers(0, 7, (4, 16, 2)).astype(np.int32)  # 6 is padding
-    mix_BSK = rng.standard_normal((4, 16, 2)).astype(np.float32)
+    routing_BSK = rng.standard_normal((4, 16, 2)).astype(np.float32)
     gate_up, down = (rng.standard_normal(shape).astype(np.float32) for shape in ((6, 4, 4), (6, 2, 4)))
 
     @quick
-    def run(weights, x_BSD, ids_BSK, mix_BSK):
-        return through_experts(_stand_in, weights, x_BSD, ids_BSK, mix_BSK, moe, mesh, align)
+    def run(weights, x_BSD, ids_BSK, routing_BSK):
+        return through_experts(_stand_in, weights, x_BSD, ids_BSK, routing_BSK, moe, mesh, align)
 
-    y_BSD, count = run((gate_up, down), x_BSD, ids_BSK, mix_BSK)
+    y_BSD, count = run((gate_up, down), x_BSD, ids_BSK, routing_BSK)
     kept_BSK = _kept_by_groups(ids_BSK, 6, capacity, rows)
     real = (ids_BSK < 6).sum()
     assert int(count) == kept_BSK.sum() and (kept_BSK.sum() < real) == (min(capacity, rows) < 99)
     factor_E = np.append(gate_up.sum((1, 2)) + down.sum((1, 2)), 0)
-    want = (kept_BSK * mix_BSK * factor_E[ids_BSK]).sum(-1)[..., None] * x_BSD
+    want = (kept_BSK * routing_BSK * factor_E[ids_BSK]).sum(-1)[..., None] * x_BSD
     np.testing.assert_allclose(y_BSD, want, rtol=1e-4, atol=1e-4)
 
 
@@ -213,21 +217,21 @@ def test_tokens_in_several_passes_equal_one_pass_in_value_and_every_gradient(mon
     rng = np.random.default_rng(0)
     x_BSD, grad_BSD = rng.standard_normal((2, 4, 16, 4)).astype(np.float32)
     ids_BSK = jnp.asarray(rng.integers(0, 7, (4, 16, 2)), jnp.int32)
-    mix_BSK = rng.standard_normal((4, 16, 2)).astype(np.float32)
+    routing_BSK = rng.standard_normal((4, 16, 2)).astype(np.float32)
     weights = tuple(rng.standard_normal(shape).astype(np.float32) for shape in ((6, 4, 4), (6, 2, 4)))
 
-    def run(weights, x_BSD, mix_BSK, grad_BSD):
-        def routed(weights, x_BSD, mix_BSK):
-            return through_experts(_stand_in, weights, x_BSD, ids_BSK, mix_BSK, moe, mesh, 8)
+    def run(weights, x_BSD, routing_BSK, grad_BSD):
+        def routed(weights, x_BSD, routing_BSK):
+            return through_experts(_stand_in, weights, x_BSD, ids_BSK, routing_BSK, moe, mesh, 8)
 
-        y_BSD, transpose, kept = jax.vjp(routed, weights, x_BSD, mix_BSK, has_aux=True)
+        y_BSD, transpose, kept = jax.vjp(routed, weights, x_BSD, routing_BSK, has_aux=True)
         return kept, y_BSD, transpose(grad_BSD)
 
     results = []
     for pairs, passes in ((1000, 1), (40, 4)):
         monkeypatch.setattr(module, "PASS_PAIRS", pairs)
         assert number_of_passes(64, 2) == passes
-        results.append(jax.tree.leaves(quick(partial(run))(weights, x_BSD, mix_BSK, grad_BSD)))
+        results.append(jax.tree.leaves(quick(partial(run))(weights, x_BSD, routing_BSK, grad_BSD)))
     assert int(results[0][0]) == (ids_BSK < 6).sum()
     for one, several in zip(*results, strict=True):
         np.testing.assert_allclose(one, several, rtol=1e-4, atol=1e-4)
