@@ -10,8 +10,7 @@ width, E experts, K experts per token, F expert width, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -25,6 +24,15 @@ from moe_jax.model.rope import rope_frequencies
 from moe_jax.ops import fake_quant
 
 EMBEDDING = "model.embed_tokens"
+
+
+class Seen(NamedTuple):
+    """What attention is told of positions: alike in every layer."""
+
+    turn: Tensor  # [H, H], which takes adjacent pairs (a, b) to (-b, a)
+    cos: Tensor  # [S, 1, H], each value twice
+    sin: Tensor
+    mask: Tensor | None  # [1, 1, S, C], added to scores; None where the cache knows what may be seen
 
 
 class Ops(ABC):
@@ -43,12 +51,8 @@ class Ops(ABC):
         """Rows of the table [V, D] at integer tokens [T]: [T, D]."""
 
     @abstractmethod
-    def self_attention(self, layer: int, x: Tensor, norm: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
-        """The first half of a layer: x [B, S, D] plus what it sees of the cache, after a norm of weight [D].
-
-        `around` is turn [H, H], which takes adjacent pairs (a, b) to (-b, a), cosines and sines [S, 1, H], which
-        have each value twice, and mask [1, 1, S, C].
-        """
+    def self_attention(self, layer: int, x: Tensor, norm: Tensor, seen: Seen, cache: Cache) -> Tensor:
+        """The first half of a layer: x [B, S, D] plus what it sees of the cache, after a norm of weight [D]."""
 
     @abstractmethod
     def mixture(self, layer: int, x: Tensor, norm: Tensor, bias: Tensor) -> Tensor:
@@ -113,20 +117,22 @@ class Composed(Ops):
         The rows of a group are its heads one after the other, S positions each.
         """
 
-    def self_attention(self, layer: int, x: Tensor, norm: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
+    def self_attention(self, layer: int, x: Tensor, norm: Tensor, seen: Seen, cache: Cache) -> Tensor:
         """See `Ops.self_attention`."""
-        c, (turn, cos, sin, mask), name = self.config, around, f"model.layers.{layer}.self_attn"
+        c, name = self.config, f"model.layers.{layer}.self_attn"
         n, g, width = c.num_heads, c.num_kv_heads, c.head_dim
         batch, length, _ = x.shape
         qkv = self.linear(normed(x, norm, c.norm_eps), qkv_names(name))
         qkv = qkv.reshape(batch, length, n + 2 * g, width)
         qk, v = qkv[:, :, : n + g], qkv[:, :, n + g :]
         qk = qk * inverse_rms(qk, c.norm_eps) if c.qk_norm else qk
-        qk = qk * cos + (qk @ turn) * sin
+        qk = qk * seen.cos + (qk @ seen.turn) * seen.sin
         q = (qk[:, :, :n] * width**-0.5).transpose(1, 2)
         k, v = cache.update(layer, qk[:, :, n:].transpose(1, 2), v.transpose(1, 2))
         q = q.reshape(batch, g, n // g * length, width)  # query heads of one group become rows of one product
-        out = self.attention(q, k, v, mask, name).reshape(batch, n, length, width).transpose(1, 2)
+        out = (
+            self.attention(q, k, v, cast(Tensor, seen.mask), name).reshape(batch, n, length, width).transpose(1, 2)
+        )
         return x + self.linear(out.reshape(batch, length, n * width), (f"{name}.o_proj",))
 
     def mixture(self, layer: int, x: Tensor, norm: Tensor, bias: Tensor) -> Tensor:
@@ -271,9 +277,9 @@ class Decoder(nn.Module, ABC):
 
     def hidden(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """Normed state [B, S, D] of tokens [B, S] at int32 positions [S]; mask [1, 1, S, C] is added to scores."""
-        x, *turns = self.embed(tokens, positions)
+        x, cos, sin = self.embed(tokens, positions)
         for layer in range(self.config.num_layers):
-            x = self.layer(layer, x, (*turns, mask), cache)
+            x = self.layer(layer, x, cos, sin, mask, cache)
         return self.final(x)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,11 +290,11 @@ class Decoder(nn.Module, ABC):
         cos, sin = (torch_ops.rows(table, positions)[:, None] for table in (self.cos, self.sin))
         return x, cos, sin
 
-    def layer(self, layer: int, x: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
-        """The state [B, S, D] after one layer; `around` is cosines, sines and mask."""
+    def layer(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+        """The state [B, S, D] after one layer; see `Seen`."""
         name, moe = f"model.layers.{layer}", self.config.moe
         first, second = (self._float(f"{name}.{part}_layernorm.weight") for part in ("input", "post_attention"))
-        x = self.ops.self_attention(layer, x, first, (self.turn, *around), cache)
+        x = self.ops.self_attention(layer, x, first, Seen(self.turn, cos, sin, mask), cache)
         if moe is None:
             h = normed(x, second, self.config.norm_eps)
             return x + self.ops.feed_forward(h, *swiglu(f"{name}.feed_forward"))

@@ -10,7 +10,7 @@ Legend as in `conversion.torch_model`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +22,18 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from conversion.executorch.packing import pack
 from conversion.int4 import Int4
-from conversion.torch_model import EMBEDDING, Cache, MobileMoE, Ops, gated, inverse_rms, normed, qkv_names, swiglu
+from conversion.torch_model import (
+    EMBEDDING,
+    Cache,
+    MobileMoE,
+    Ops,
+    Seen,
+    gated,
+    inverse_rms,
+    normed,
+    qkv_names,
+    swiglu,
+)
 from conversion.weights import Weights
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
@@ -64,9 +75,9 @@ class Program(nn.Module):
         torch._check(first >= 0)
         torch._check(first + length <= len(model.cos))
         x = model.ops.embedding(tokens, EMBEDDING)
-        around = [table.narrow(0, first, length)[:, None] for table in (model.cos, model.sin)]
+        cos, sin = (table.narrow(0, first, length)[:, None] for table in (model.cos, model.sin))
         for layer in range(model.config.num_layers):
-            x = model.layer(layer, x, around, _Cache(self.caches, first))
+            x = model.layer(layer, x, cos, sin, None, _Cache(self.caches, first))
         return model.head(model.final(x[:, -1]))
 
 
@@ -121,14 +132,14 @@ class _Ops(Ops):
         table, scales = self._get("table"), self._get("table_scales")
         return torch.ops.quantized_decomposed.embedding_4bit(table, scales, None, -8, 7, tokens)
 
-    def self_attention(self, layer: int, x: Tensor, norm: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
-        """See `Ops.self_attention`; nothing needs a mask."""
-        c, (turn, cos, sin), name = self.config, around, f"model.layers.{layer}.self_attn"
+    def self_attention(self, layer: int, x: Tensor, norm: Tensor, seen: Seen, cache: Cache) -> Tensor:
+        """See `Ops.self_attention`."""
+        c, name = self.config, f"model.layers.{layer}.self_attn"
         n, g, width = c.num_heads, c.num_kv_heads, c.head_dim
         qkv = self.linear(normed(x, norm, c.norm_eps), qkv_names(name)).reshape(*x.shape[:2], n + 2 * g, width)
         qk, v = qkv[:, :, : n + g], qkv[:, :, n + g :]
         qk = qk * inverse_rms(qk, c.norm_eps) if c.qk_norm else qk
-        qk = qk * cos + (qk @ turn) * sin
+        qk = qk * seen.cos + (qk @ seen.turn) * seen.sin
         keys, values = cache.update(layer, qk[:, :, n:], v)
         first = cast(_Cache, cache).first
         out = torch.ops.llama.custom_sdpa(qk[:, :, :n], keys, values, first, None, 0.0, True)

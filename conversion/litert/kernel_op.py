@@ -76,11 +76,11 @@ def self_attention(
     [(N + 2 G) H, D], and of the output [D, N H]; `epsilons` of the norm, and of queries and keys (0: none); `outs`
     y, k and v.
     """
-    x, norm, *around = inputs
-    (_, groups, _, head), ((_, width), (_, heads)) = g.shape(around[3]), (shape for _, shape, _ in weights)
+    x, norm, cos, sin, mask, k, *others = inputs
+    (_, groups, _, head), ((_, width), (_, heads)) = g.shape(k), (shape for _, shape, _ in weights)
     options = width, heads // head, groups, head, *map(_bits, epsilons)
     places = (_matrix(g, *weight) for weight in weights)
-    _append(g, SELF_ATTENTION, [x, norm, *places, *around], outs, options)
+    _append(g, SELF_ATTENTION, [x, norm, *places, cos, sin, mask, k, *others], outs, options)
 
 
 def mixture(

@@ -28,7 +28,6 @@ from moe_jax.errors import UserError
 
 _FIRST = "model.layers.0."  # the layer that stands for all
 _NORM = "model.norm.weight"
-_AROUND = ("cos", "sin", "mask", "start")  # what every layer is given
 
 
 class _Part(Decoder):
@@ -49,9 +48,9 @@ class _Embed(_Part):
 
 class _Layer(_Part):
     def forward(self, x: Tensor, k: Tensor, v: Tensor, **given: Tensor) -> dict[str, Tensor]:
-        cos, sin, mask, start = (given.pop(name) for name in _AROUND)
+        cos, sin, mask, start = (given.pop(name) for name in ("cos", "sin", "mask", "start"))
         self._given, cache = given, StaticCache([k], [v], start)
-        return {"x": self.layer(0, x, (cos, sin, mask), cache), "k": cache.k[0], "v": cache.v[0]}
+        return {"x": self.layer(0, x, cos, sin, mask, cache), "k": cache.k[0], "v": cache.v[0]}
 
 
 class _Head(_Part):

@@ -7,7 +7,7 @@ converter runs; `conversion.litert.lower` puts the real ops and the exact intege
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from conversion import keymap, torch_ops  # noqa: F401  (its operators are lowered here)
 from conversion.litert.kernel_op import LANES
-from conversion.torch_model import Cache, Composed, StaticCache
+from conversion.torch_model import Cache, Composed, Seen, StaticCache
 from moe_jax.config import ModelConfig
 
 # Importing litert_torch switches 64-bit JAX on for the whole process, training and verifying included.
@@ -70,13 +70,13 @@ class Markers(Composed):
 class KernelMarkers(Markers):
     """For `conversion.kernel`, which has one op for half a layer of one token."""
 
-    def self_attention(self, layer: int, x: Tensor, norm: Tensor, around: Sequence[Tensor], cache: Cache) -> Tensor:
+    def self_attention(self, layer: int, x: Tensor, norm: Tensor, seen: Seen, cache: Cache) -> Tensor:
         """Marker of the first half of a layer for one token; else, and where heads do not fill lanes, its parts."""
         if x.shape[1] > 1 or self.config.head_dim % LANES:
-            return super().self_attention(layer, x, norm, around, cache)
+            return super().self_attention(layer, x, norm, seen, cache)
         cache = cast(StaticCache, cache)
         names = "+".join(f"model.layers.{layer}.self_attn.{part}_proj" for part in "qkvo")
-        given = [*around[1:], cache.k[layer], cache.v[layer], cache.start]
+        given = [seen.cos, seen.sin, cast(Tensor, seen.mask), cache.k[layer], cache.v[layer], cache.start]
         made = torch.ops.moe_jax.self_attention(x, norm, given, names)
         y, cache.k[layer], cache.v[layer] = made
         return y

@@ -15,7 +15,7 @@ from conversion import kernel, weights
 from conversion.export import export_random
 from conversion.litert import bank, kernel_op, lower
 from conversion.litert.flatbuffer import Graph, Model
-from conversion.torch_model import StaticCache, _quarter_turn, swiglu
+from conversion.torch_model import Seen, StaticCache, _quarter_turn, swiglu
 from conversion.weights import Weights
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
@@ -128,8 +128,8 @@ def test_the_attention_half_equals_the_reference(monkeypatch, tmp_path, position
     def reference(ops: Given, arrays: Arrays) -> tuple[torch.Tensor, StaticCache]:
         given = {name: torch.from_numpy(array) for name, array in arrays.items()}
         cache = StaticCache([torch.empty(0), given["k"]], [torch.empty(0), given["v"]], given["start"])
-        around = torch.from_numpy(_quarter_turn(MOE.head_dim)), given["cos"], given["sin"], given["mask"]
-        return ops.self_attention(1, given["x"], given["norm"], around, cache), cache
+        seen = Seen(torch.from_numpy(_quarter_turn(MOE.head_dim)), given["cos"], given["sin"], given["mask"])
+        return ops.self_attention(1, given["x"], given["norm"], seen, cache), cache
 
     source, arrays, (wanted, cache) = without_ties(lambda seed: attention_case(position, config, seed), reference)
     # What lies beyond the position is never looked at, and stays.
