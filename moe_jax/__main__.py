@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,7 @@ from moe_jax.command_line import (
     seed,
     top_p,
 )
-from moe_jax.errors import Preempted, UserError
+from moe_jax.errors import UserError
 from moe_jax.files import location, write_json
 from moe_jax.overrides import leaves, to_dict
 
@@ -153,14 +152,8 @@ def _train(arguments: Any) -> int:
         else:
             fit(runs[0], arguments.run, new_data=arguments.new_data)
 
-    # Until the loop heeds it: the first process of a container would else not hear a notice while text is read.
-    signal.signal(signal.SIGTERM, _preempted)
     processes.start()
     return processes.end_with(lambda: guarded(train, arguments))
-
-
-def _preempted(*_: Any) -> None:
-    raise Preempted("SIGTERM came before the first step")
 
 
 def _params(arguments: Any) -> None:

@@ -16,7 +16,6 @@ import configs
 import launch.__main__
 from moe_jax.__main__ import main
 from moe_jax.command_line import guarded
-from moe_jax.errors import PREEMPTED
 from moe_jax.files import write_bytes
 
 CONFIG = "demo_pretrain"
@@ -108,20 +107,6 @@ def test_an_interrupt_is_one_word_and_the_status_that_a_shell_knows(capsys):
 
     assert guarded(wait, None) == 130
     assert capsys.readouterr().err == "interrupted\n"
-
-
-def test_a_notice_before_the_first_step_is_a_preemption(monkeypatch, capsys, tmp_path):
-    def reading(*_, **__):
-        os.kill(os.getpid(), signal.SIGTERM)
-        pytest.fail("the first process of a container would read on until it is killed")
-
-    monkeypatch.setattr("moe_jax.train.trainer.fit", reading)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main(["train", "demo_pretrain", "--run", str(tmp_path / "run")]) == PREEMPTED
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert capsys.readouterr().err == "preempted: SIGTERM came before the first step\n"
 
 
 def test_configs_are_listed_with_their_purpose(capsys):
