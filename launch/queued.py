@@ -30,7 +30,8 @@ def startup_script(job: Job) -> str:
         login = shell(["gcloud", "auth", "configure-docker", registry, "--quiet"]) + "\n"
     return f"""\
 #!/bin/bash
-{login}until docker pull {shell([job.image])}; do sleep 30; done
+{login}# Apart from the restarts below; an hour, because a mistyped image never comes.
+for try in $(seq 120); do docker pull {shell([job.image])} && break; sleep 30; done
 restarts=0
 machine=$(cat /proc/sys/kernel/random/boot_id)  # a lease of this machine's is that of the container before
 while true; do

@@ -86,8 +86,9 @@ def folders_in(path: AnyPath) -> list[epath.Path]:
         found = remote_filesystem().ls(str(folder), detail=True)
     except FileNotFoundError:
         return []
-    names = [item["name"].rstrip("/").rpartition("/")[2] for item in found if item["type"] == "directory"]
-    return [folder / name for name in names if name != folder.name]
+    names = [item["name"].rstrip("/") for item in found if item["type"] == "directory"]
+    whole = str(folder).removeprefix("gs://").rstrip("/")  # which may have an object of its own as a mark
+    return [folder / name.rpartition("/")[2] for name in names if name != whole]
 
 
 def write_bytes(path: AnyPath, data: bytes) -> None:

@@ -168,9 +168,9 @@ def _pids_of() -> str:
 
 
 def _is_dead(lease: dict[str, Any]) -> bool:
-    if lease["pids_of"] == _pids_of() != "":
-        return not Path(f"/proc/{lease['pid']}").exists()
-    return lease.get("owner", "") == os.environ.get(OWNER) != ""
+    if lease.get("owner") and lease["owner"] == os.environ.get(OWNER):
+        return True  # asked first: a container's successor often has its namespace's number and its process id
+    return lease["pids_of"] == _pids_of() != "" and not Path(f"/proc/{lease['pid']}").exists()
 
 
 def _look(path: str) -> tuple[dict[str, str], dict[str, Any]]:

@@ -82,6 +82,12 @@ def test_files_below_a_folder_are_listed_alike_on_a_disk_and_in_a_bucket(folder,
         assert sizes_below(f"{root}/none") == {}
 
 
+def test_a_folder_may_have_its_parents_name(folder):
+    for name in ("sft/sft/config.json", "sft/qat/config.json"):
+        write_json(f"{folder}/{name}", {})
+    assert sorted(path.name for path in files.folders_in(f"{folder}/sft")) == ["qat", "sft"]
+
+
 def test_what_a_peer_writes_and_removes_is_seen_at_once(folder):
     write_bytes(f"{folder}/1/a", b"a")
     peer = fsspec.filesystem("gcs", skip_instance_cache=True)
@@ -295,9 +301,10 @@ def test_a_lease_of_the_same_owner_is_that_of_a_process_before(folder, monkeypat
     """Else every restart of a pod would cost two minutes of all its chips."""
     stale = {"holder": "process 1 on afar", "pid": os.getpid(), "pids_of": "another kernel", "owner": "uid"}
     monkeypatch.setenv("MOE_JAX_OWNER", "uid")
-    write_json(f"{folder}/.lock", stale)
-    with exclusive(folder):
-        assert json.loads(location(f"{folder}/.lock").read_text())["owner"] == "uid"
+    for pids_of in ("another kernel", run_lock._pids_of()):  # and the container's number, which is given again
+        write_json(f"{folder}/.lock", stale | {"pids_of": pids_of})
+        with exclusive(folder):
+            assert json.loads(location(f"{folder}/.lock").read_text())["owner"] == "uid"
     assert "sign of" not in capsys.readouterr().err
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", BEAT)
     for other in ("", "another"):

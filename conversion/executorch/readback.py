@@ -87,7 +87,8 @@ def _weights(contents: Contents, weights: Weights) -> Iterator[tuple[str, Int4 |
     for names in products(weights.config):
         want = weights.fused(names)
         yield "+".join(names), _filed(contents, want), want
-    for layer, call in enumerate(contents.calls("llama::quantized_moe_ffn")):
+    calls = contents.calls("llama::quantized_moe_ffn")
+    for layer, call in zip(range(weights.config.num_layers if weights.config.moe else 0), calls, strict=True):
         for name, packed in zip(mixture_names(layer)[1:], call[3:5], strict=True):
             want = weights.int4(name)
             yield name, unpack(packed, want.codes.shape, want.group), want
