@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from conversion import bench_commands, gguf, hf
-from conversion.command_options import add_checkpoint, add_threads, lengths, options, require_meaning, say
+from conversion.command_options import (
+    add_checkpoint,
+    add_source,
+    add_threads,
+    lengths,
+    options,
+    require_meaning,
+    say,
+)
 from conversion.executorch import command as executorch
 from conversion.litert import FORMS
-from moe_jax.command_line import add_command, add_json, at_least, guarded, heed_interrupts, make_parser, parse, seed
+from moe_jax.command_line import add_command, add_json, at_least, guarded, heed_interrupts, make_parser, parse
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
@@ -74,11 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         "runs/demo/qat model.litertlm --context 512 --prefill 16,128",
         "mobilemoe_s --random-weights --seed 0 --out bundles --json export.json",
     )
-    sub.add_argument("source", metavar="run", help="run folder, or a registered config with --random-weights")
+    add_source(sub)
     sub.add_argument("output", nargs="?", help="the bundle, ending in .litertlm")
     sub.add_argument("--out", metavar="DIR", help="instead of a name: the folder for <last part of run>.litertlm")
-    sub.add_argument("--random-weights", action="store_true", help="a model of these shapes, to measure with")
-    sub.add_argument("--seed", type=seed, default=0, help="of random weights")
     add_checkpoint(sub)
     sub.add_argument("--context", type=at_least(1), help="most tokens of prompt and answer (default: as trained)")
     sub.add_argument(
@@ -153,6 +159,8 @@ def _verify(arguments: Any) -> dict[str, Any]:
 
     result = verify(**options(arguments), say=say)
     _table(result["export"] | result["parity"], BOUNDS)
+    for sentence in result["left_out"]:
+        print(f"left out: {sentence}", file=sys.stderr)
     for sentence in result["failed"][:20]:
         print(f"failed: {sentence}", file=sys.stderr)
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from moe_jax.command_line import at_least
+from moe_jax.command_line import at_least, seed
 from moe_jax.errors import UserError
 
 
@@ -14,6 +14,13 @@ def add_checkpoint(sub: Any, without: str = "") -> None:
     sub.add_argument("--step", type=at_least(0), help="this checkpoint instead of the last")
     sub.add_argument("--tokenizer", metavar="PATH", help=f"default: the run's tokenizer.json{without}")
     sub.add_argument("--quantize-float", action="store_true", help="accept a run that had no QAT stage")
+
+
+def add_source(sub: Any) -> None:
+    """Let the command take a run, or weights of a seed in its place (`require_meaning`)."""
+    sub.add_argument("source", metavar="run", help="run folder, or a registered config with --random-weights")
+    sub.add_argument("--random-weights", action="store_true", help="a model of these shapes, to measure with")
+    sub.add_argument("--seed", type=seed, default=0, help="of random weights")
 
 
 def require_meaning(arguments: Any) -> None:

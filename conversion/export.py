@@ -7,7 +7,6 @@ they were.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -31,6 +30,7 @@ from moe_jax.data import corpus
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import AnyPath
+from moe_jax.train.checksums import digest
 
 _MERGES = 32_768  # entries that the embedded corpus gives to the tokenizer of random weights
 Say = Callable[[str], object]
@@ -148,7 +148,7 @@ def _write(
             found = readback.Findings() if experts == "dense" else readback.compare(parts.tflite, known, output)
             if found.mismatches:
                 raise UserError(f"{output} does not hold its source ({found.reports[0]}); check the disk")
-            digest = _sha256(bundled)
+            sha256 = digest(bundled)
             for path in sorted(aside.iterdir(), key=lambda path: path == bundled):
                 os.replace(path, output.parent / path.name)
     return {
@@ -158,7 +158,7 @@ def _write(
         "context": context,
         "prefill": lengths,
         "experts": experts,
-        "sha256": digest,
+        "sha256": sha256,
         "codes_checked": found.codes_checked,
         "mismatches": found.mismatches,
         "file_gb": sizes[0] / 1e9,
@@ -191,8 +191,3 @@ def _tokenizer(vocab_size: int) -> str:
         described = json.loads(Path(file.name).read_text("utf-8"))
     described["model"]["vocab"] |= {f"<|{i}|>": i for i in range(learnt.vocab_size, vocab_size)}
     return json.dumps(described)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

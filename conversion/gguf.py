@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conversion.command_options import add_checkpoint, require_meaning
+from conversion.command_options import add_checkpoint, add_source, require_meaning
 from conversion.outputs import free, writing
-from moe_jax.command_line import add_command, add_json, seed
+from moe_jax.command_line import add_command, add_json
 from moe_jax.config import ModelConfig, RunConfig
 
 TYPES = ("q4_0", "f32")
@@ -26,13 +26,11 @@ def add_commands(commands: Any, load: Callable[[str], RunConfig]) -> None:
         "runs/s/qat s.gguf",
         "mobilemoe_s s.gguf --random-weights --seed 0",
     )
-    sub.add_argument("source", metavar="run", help="run folder, or a registered config with --random-weights")
+    add_source(sub)
     sub.add_argument("output", help="the file, ending in .gguf")
     sub.add_argument(
         "--type", dest="kind", choices=TYPES, default="q4_0", help="f32 holds the same values, to compare with"
     )
-    sub.add_argument("--random-weights", action="store_true", help="a model of these shapes, to measure with")
-    sub.add_argument("--seed", type=seed, default=0, help="of random weights")
     add_checkpoint(sub, ", none for random weights")
     sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
     add_json(sub)

@@ -10,7 +10,7 @@ import mmap
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +108,7 @@ def compare(model: memoryview, expected: Expected, path: str | Path = "the .tfli
         for name, (want_codes, want_scales), height in zip(names, parts, heights, strict=True):
             rows = slice(start, start := start + height)
             label = name if expert is None else f"{name}[{expert}]"
-            left[name] = left[name] if name in left else _labels(name, expected)
+            left[name] = left[name] if name in left else labels(name, expected[name][0].shape)
             if left[name].pop(label, 0):
                 result.codes_checked += want_codes.size
                 result.scales_checked += want_scales.size
@@ -122,16 +122,16 @@ def compare(model: memoryview, expected: Expected, path: str | Path = "the .tfli
                 if count:
                     result.wrong(int(count), f"{label}: {count} of {want.size} {kind} differ")
     for name in expected:
-        for label, size in (left[name] if name in left else _labels(name, expected)).items():
+        for label, size in (left[name] if name in left else labels(name, expected[name][0].shape)).items():
             result.missing.append(label)
             result.wrong(size, f"{label} is not in the file")
     return result
 
 
-def _labels(name: str, expected: Expected) -> dict[str, int]:
-    """Codes of a weight, or of each of its experts."""
-    codes, _ = expected[name]
-    return {name: codes.size} if codes.ndim == 2 else {f"{name}[{e}]": codes[e].size for e in range(len(codes))}
+def labels(name: str, shape: Sequence[int]) -> dict[str, int]:
+    """What a weight, or each of its experts, is called, and its number of codes."""
+    *experts, rows, columns = shape
+    return {f"{name}[{e}]": rows * columns for e in range(experts[0])} if experts else {name: rows * columns}
 
 
 def _expert(weight: tuple[np.ndarray, np.ndarray], expert: int) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ Examples:
   python -m launch fit mobilemoe_s --topology v5e:4x4             memory, cost and speed on a slice, without one
   python -m launch design --memory 1.1 --active 0.3               the model of least loss that a phone holds
   python -m launch gke mobilemoe_s --topology v5e-256 --bucket gs://b --image IMAGE > job.yaml
-  python -m launch pipeline mobilemoe_s --topology v5e-256 --bucket gs://b --image IMAGE --submit
+  python -m launch pipeline mobilemoe_s --topology v5e-256 --bucket gs://b --image IMAGE > job.yaml
   python -m launch demo --run runs/demo                           text to engine: what `make demo` runs
 """
 

@@ -296,9 +296,8 @@ def job_of(arguments: Any, config: str, **fields: Any) -> LocalJob:
     """The job of a command line; `fields` replace its own."""
     names = ("overrides", "run", "processes", "devices", "max_restarts", "new_data")
     # A file is found again wherever the run is resumed from.
-    names_of = (os.path.abspath(os.path.expanduser(n)) if n.endswith(".json") else n for n in config.split(","))
-    config = ",".join(names_of)
-    return LocalJob(config, **({name: getattr(arguments, name) for name in names} | fields))
+    found = (os.path.abspath(os.path.expanduser(n)) if n.endswith(".json") else n for n in config.split(","))
+    return LocalJob(",".join(found), **({name: getattr(arguments, name) for name in names} | fields))
 
 
 def resume_local(run: str, job: dict[str, Any], *_: bool) -> int:

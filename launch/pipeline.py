@@ -79,7 +79,7 @@ def add_pipeline_command(commands: Any, check_fit: CheckFit | None = None) -> No
         command,
         "train all stages of a family in one run: on this machine, or with --topology as one job on pods",
         "demo --run runs/four --processes 2 --devices-per-process 2 mesh.fsdp=4",
-        "mobilemoe_s --topology v5e-256 --slices 2 --bucket gs://b --image IMAGE --submit",
+        "mobilemoe_s --topology v5e-256 --slices 2 --bucket gs://b --image IMAGE > job.yaml",
     )
     sub.add_argument("family", help=f"one of {', '.join(configs.families())}")
     add_overrides(sub)

@@ -65,15 +65,19 @@ def launch_job(job: Job, submit: bool, check_fit: CheckFit | None = None) -> int
     launcher, kind, stages = LAUNCHERS[job.launcher], job.slice, job.stages
     notes = [f"# {job.slices} x {kind.family}:{kind.topology}, {job.slices * kind.chips} chips on "
              f"{job.slices * kind.hosts} hosts; the run is {job.run}"]  # fmt: skip
-    costs, missing = [], []
+    costs, missing = [], list(dict.fromkeys(path for cfg in stages for path in _local_paths(cfg)))
+    if submit and missing:
+        raise UserError(
+            f"{missing[0]} is a path of this machine; copy it to the bucket and name it there, as in "
+            f"data.sources.0.path='{job.bucket}/data/*.jsonl', or by its whole path in the image, /app/{missing[0]}"
+        )
     for number, cfg in enumerate(stages, 1):
         if check_fit and (rate := check_fit(cfg, kind, job.slices, f"{number} of {len(stages)}")):
             costs.append(chip_hours(cfg, rate))
             notes.append(f"# {cfg.stage}: at least {costs[-1]:,.0f} chip-hours")
-        missing += _local_paths(cfg)
     if len(costs) > 1:
         notes.append(f"# in all: at least {sum(costs):,.0f} chip-hours")
-    notes += [f"# {path} is neither in the bucket nor in the image" for path in dict.fromkeys(missing)]
+    notes += [f"# {path} is neither in the bucket nor in the image" for path in missing]
     image = shell([job.image])
     notes.append(f"docker build -t {image} . && docker push {image}")
     text = launcher.render(job)
@@ -81,11 +85,6 @@ def launch_job(job: Job, submit: bool, check_fit: CheckFit | None = None) -> int
     print("\n".join([*notes, *launcher.hints(job)]), file=sys.stderr, flush=True)
     if not submit:
         return 0
-    if missing:
-        raise UserError(
-            f"{missing[0]} is on no host of the job; copy it to the bucket and name it there, as in "
-            "data.sources.0.path='gs://bucket/train/*.jsonl' data.tokenizer=gs://bucket/tokenizer.json"
-        )
     if shutil.which(launcher.tool) is None:
         raise UserError(
             f"{launcher.tool} is not on PATH; install it, or leave --submit out and take what is printed"

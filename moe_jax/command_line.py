@@ -203,7 +203,9 @@ def guarded(command: Callable[[Any], Any], arguments: Any) -> int:
         drop_output()  # its reader, `head` say, has what it wants
         return 141  # what a shell calls an end by SIGPIPE
     except UserError as error:
-        said, status = f"error: {error}", UNAVAILABLE if passes(error) else MISTAKEN
+        said, status = f"error: {error}", MISTAKEN
+        if passes(error):
+            said, status = f"{said} (a bucket did not answer: the same command goes on)", UNAVAILABLE
     except Preempted as notice:
         said, status = f"preempted: {notice}", PREEMPTED
     except Exception as error:

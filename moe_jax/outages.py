@@ -9,22 +9,27 @@ from __future__ import annotations
 import re
 from traceback import walk_tb
 
+from moe_jax.errors import UserError
+
 _CODES = {"401", "408", "429", *map(str, range(500, 505))}  # as gcsfs tries again; 401 is a token that ran out
 _KINDS = {
     "aiohttp": {"ClientError"},
     "requests": {"ConnectionError", "Timeout", "ChunkedEncodingError", "ContentDecodingError"},
-    "google": {"TransportError", "RefreshError", "ServiceUnavailable", "DeadlineExceeded", "TooManyRequests"},
+    "google": {"TransportError", "RefreshError", "ServerError", "TooManyRequests", "RetryError"},
 }
 _TENSORSTORE = re.compile("(UNAVAILABLE|DEADLINE_EXCEEDED)\\b")
 _FORBIDDEN = "Forbidden: "  # how gcsfs begins an OSError without a number where access is denied
 
 
 def passes(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from or beside, may be gone when the same is tried later."""
+    """Whether an error, or what it was raised from, may be gone when the same is tried later.
+
+    A UserError says in its own words what it was raised beside.
+    """
     while error is not None:
         if _passes(error):
             return True
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (error.__context__ if isinstance(error, UserError) else None)
     return False
 
 

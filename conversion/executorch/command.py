@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,13 +10,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conversion.command_options import add_checkpoint, require_meaning, say
+from conversion.command_options import add_checkpoint, add_source, require_meaning, say
 from conversion.memory import memory
 from conversion.outputs import free, writing
-from moe_jax.command_line import add_command, add_json, at_least, seed
+from moe_jax.command_line import add_command, add_json, at_least
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.errors import UserError
-from moe_jax.files import AnyPath, location
+from moe_jax.files import AnyPath, location, write_bytes
 
 if TYPE_CHECKING:
     from conversion.weights import Weights
@@ -36,10 +35,8 @@ def add_commands(commands: Any, load: Callable[[str], RunConfig]) -> None:
         "runs/s/qat s.pte",
         "mobilemoe_s s.pte --random-weights --seed 0 --context 2048",
     )
-    sub.add_argument("source", metavar="run", help="run folder, or a registered config with --random-weights")
+    add_source(sub)
     sub.add_argument("output", help="the file, ending in .pte; the tokenizer goes beside it")
-    sub.add_argument("--random-weights", action="store_true", help="a model of these shapes, to measure with")
-    sub.add_argument("--seed", type=seed, default=0, help="of random weights")
     add_checkpoint(sub, ", none for random weights")
     sub.add_argument("--context", type=at_least(2), help="most tokens of prompt and answer (default: as trained)")
     sub.add_argument("--prefill", type=at_least(1), help=f"most tokens of one call (default {PREFILL})")
@@ -114,12 +111,13 @@ def _write(
     say: Say,
 ) -> dict[str, Any]:
     from conversion.executorch import lower, readback
+    from moe_jax.train.checksums import digest
 
-    if context > (limit := config.max_position_embeddings):
+    if not 2 <= context <= (limit := config.max_position_embeddings):
         raise UserError(f"context {context} is not within 2 and the model's {limit} positions")
     if (prefill or 0) > context:
         raise UserError(f"--prefill {prefill} is more than the context of {context}; ask for at most that")
-    begun, prefill = time.monotonic(), prefill or min(PREFILL, context - 1)
+    begun, prefill = time.monotonic(), prefill or min(PREFILL, context)
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
@@ -130,19 +128,18 @@ def _write(
             found = readback.compare(aside, weights)
             if found.mismatches:
                 raise UserError(f"{output} does not hold its source ({found.reports[0]}); check the disk")
-            with aside.open("rb") as file:
-                digest, size = hashlib.file_digest(file, "sha256").hexdigest(), aside.stat().st_size
-            if tokenizer is not None:
-                beside = Path(folder, _tokenizer_name(output))
-                beside.write_bytes(location(tokenizer).read_bytes())
-                beside.replace(output.parent / beside.name)
+            sha256, size = digest(aside), aside.stat().st_size
+            if tokenizer is None:
+                _tokenizer_of(output).unlink(missing_ok=True)
+            else:
+                write_bytes(_tokenizer_of(output), location(tokenizer).read_bytes())
             aside.replace(output)
     return {
         "file": str(output),
         "bytes": size,
         "context": context,
         "prefill": prefill,
-        "sha256": digest,
+        "sha256": sha256,
         "codes_checked": found.codes_checked,
         "mismatches": found.mismatches,
         "file_gb": size / 1e9,
@@ -178,13 +175,14 @@ def _require_expressible(config: ModelConfig) -> None:
 
 
 def _free(output: str | Path, overwrite: bool) -> Path:
+    """The path of the file; its tokenizer's must be free too, or an app would take another's for its own."""
     path = free(output, ".pte", overwrite)
-    free(path.parent / _tokenizer_name(path), ".json", overwrite)
+    free(_tokenizer_of(path), ".json", overwrite)
     return path
 
 
-def _tokenizer_name(output: Path) -> str:
-    return f"{output.stem}.tokenizer.json"
+def _tokenizer_of(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.tokenizer.json")
 
 
 def _executorch(arguments: Any, load: Callable[[str], RunConfig]) -> dict[str, Any]:

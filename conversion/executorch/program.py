@@ -38,7 +38,7 @@ from conversion.weights import Weights
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
 
-_BIASED = 0x88  # both nibbles of a byte from two's complement to 8 more
+BIASED = 0x88  # both nibbles of a byte from two's complement to 8 more
 
 
 def require_expressible(config: ModelConfig) -> None:
@@ -102,8 +102,7 @@ class _Ops(Ops):
         self.config = c = weights.config
         self.stored = nn.Module()
         self._group = weights.group
-        table = weights.packed(EMBEDDING) ^ _BIASED
-        self._put("table", torch.from_numpy(table >> 4 | table << 4))  # this op's even columns are the high nibbles
+        self._put("table", torch.from_numpy(swapped(weights.packed(EMBEDDING) ^ BIASED)))
         self._put("table_scales", torch.from_numpy(weights.scales(EMBEDDING).astype(np.float32)))
         for names in products(c):
             self._put("+".join(names), _linear_weight(weights.fused(names)))
@@ -171,6 +170,11 @@ def products(config: ModelConfig) -> Iterator[tuple[str, ...]]:
         if moe is None or moe.shared_expert_width:
             gate_up, down = swiglu(f"{name}.feed_forward" + ("" if moe is None else ".shared_expert"))
             yield from (gate_up, (down,))
+
+
+def swapped(packed: np.ndarray) -> np.ndarray:
+    """Bytes of two codes as the embedding's op has them: even columns in the high nibble, not in the low one."""
+    return packed >> 4 | packed << 4
 
 
 def mixture_names(layer: int) -> tuple[str, str, str]:

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
 from executorch.exir._serialize._program import _ExtendedHeader
 
 from conversion.executorch.packing import unpack
-from conversion.executorch.program import mixture_names, products
+from conversion.executorch.program import BIASED, mixture_names, products, swapped
 from conversion.int4 import Int4, pack_nibbles, unpack_nibbles
 from conversion.readback import Findings
 from conversion.torch_model import EMBEDDING
@@ -82,33 +83,27 @@ def compare(path: Path, weights: Weights) -> Findings:
 def _weights(contents: Contents, weights: Weights) -> Iterator[tuple[str, Int4 | None, Int4]]:
     """For each INT4 weight its name, what the file has, and what it should."""
     ((table, scales, *_),) = contents.calls("quantized_decomposed::embedding_4bit")
-    codes = np.stack([table >> 4, table & 15], axis=-1).reshape(len(table), -1).astype(np.int8) - 8
-    yield TABLE, Int4(codes, scales.astype(np.float16)), weights.int4(EMBEDDING)
+    yield TABLE, Int4(unpack_nibbles(swapped(table) ^ BIASED), scales.astype(np.float16)), weights.int4(EMBEDDING)
     for names in products(weights.config):
         want = weights.fused(names)
         yield "+".join(names), _filed(contents, want), want
     calls = contents.calls("llama::quantized_moe_ffn")
-    for layer, call in zip(range(weights.config.num_layers if weights.config.moe else 0), calls, strict=True):
-        for name, packed in zip(mixture_names(layer)[1:], call[3:5], strict=True):
+    for layer in range(weights.config.num_layers if weights.config.moe else 0):
+        call = next(calls, None)
+        for place, name in enumerate(mixture_names(layer)[1:], 3):
             want = weights.int4(name)
-            yield name, unpack(packed, want.codes.shape, want.group), want
+            yield name, unpack(call[place], want.codes.shape, want.group) if call else None, want
 
 
 def _filed(contents: Contents, want: Int4) -> Int4 | None:
     """What the file has under the keys of this weight."""
-    packed, scales = pack_nibbles(want.codes) ^ 0x88, _bfloat16(want.scales)
+    packed, scales = pack_nibbles(want.codes) ^ BIASED, want.scales.astype(ml_dtypes.bfloat16)
     filed = contents.named(_key(packed))
-    filed_scales = contents.named(f"scale_{_key(scales)}").view(np.uint16)
-    if filed.size != packed.size or filed_scales.size != scales.size:
+    filed_scales = contents.named(f"scale_{_key(scales)}")
+    if filed.size != packed.size or filed_scales.size != scales.nbytes:
         return None
-    codes = unpack_nibbles(filed.reshape(packed.shape) ^ 0x88)
-    return Int4(
-        codes, (filed_scales.astype(np.uint32) << 16).view(np.float32).astype(np.float16).reshape(scales.shape)
-    )
-
-
-def _bfloat16(scales: np.ndarray) -> np.ndarray:
-    return (scales.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    codes = unpack_nibbles(filed.reshape(packed.shape) ^ BIASED)
+    return Int4(codes, filed_scales.view(ml_dtypes.bfloat16).reshape(scales.shape).astype(np.float16))
 
 
 def _key(array: np.ndarray) -> str:

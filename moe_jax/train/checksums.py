@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from etils import epath
@@ -54,7 +55,7 @@ def share(sizes: dict[str, int], index: int, count: int) -> list[str]:
     return parts[index]
 
 
-def digest(file: epath.Path) -> str:
+def digest(file: Path | epath.Path) -> str:
     """SHA-256 of a file, read in blocks; other threads run meanwhile."""
     with file.open("rb") as stream:
         return hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from etils import epath
 
@@ -16,7 +17,8 @@ from moe_jax.model.describe import describe
 from moe_jax.parallel.mesh import make_mesh
 from moe_jax.parallel.rules import check_divisible
 from moe_jax.run_lock import require_plain
-from moe_jax.train.agreement import together
+from moe_jax.train.agreement import by_first, together
+from moe_jax.train.catalogue import complete_steps
 from moe_jax.train.trainer import fit, is_complete
 from moe_jax.train.watch import StopRequest
 
@@ -24,8 +26,9 @@ from moe_jax.train.watch import StopRequest
 def run_stages(configs: Sequence[RunConfig], root: AnyPath, *, new_data: bool = False) -> list[epath.Path]:
     """Train each config in `root/<stage>`; the run folders in order.
 
-    A stage's `init_from` is set to the folder before it; the first keeps its own. Calling it again after a kill
-    goes on where it stopped. `new_data` is for `fit`. Raises Preempted where `fit` does, and between two stages.
+    A stage's `init_from` is set to the folder before it; the first keeps its own. Text and tokenizer of every stage
+    must be there at the start. Calling it again after a kill goes on where it stopped. `new_data` is for `fit`.
+    Raises Preempted where `fit` does, and between two stages.
     """
     names = [cfg.stage for cfg in configs]
     if len(set(names)) < len(names):
@@ -34,8 +37,11 @@ def run_stages(configs: Sequence[RunConfig], root: AnyPath, *, new_data: bool = 
         if not name or "/" in name or name.startswith("."):
             raise UserError(f"stage {name!r} names a folder here; set a stage without a slash or a leading dot")
     for before, cfg in zip([None, *configs[:-1]], configs, strict=True):
-        if not is_complete(cfg, location(root) / cfg.stage, new_data):
-            _require_usable(cfg, before, location(root) / cfg.stage)
+        folder = location(root) / cfg.stage
+        if is_complete(cfg, folder, new_data):
+            continue
+        begun = by_first("begun", partial(complete_steps, folder))
+        _require_usable(cfg, None if begun else before, folder)
     folders: list[epath.Path] = []
     stop = StopRequest()
     for cfg in configs:
@@ -52,7 +58,10 @@ def run_stages(configs: Sequence[RunConfig], root: AnyPath, *, new_data: bool = 
 
 
 def _require_usable(cfg: RunConfig, before: RunConfig | None, folder: epath.Path) -> None:
-    """UserError for what `fit` would refuse when the stage's turn comes, after days of the stage `before`."""
+    """UserError for what `fit` would refuse when the stage's turn comes, after days of others.
+
+    `before` is the stage whose parameters it still has to start from, if any.
+    """
     require_plain(folder)
     Tokenizer.load(cfg.data.tokenizer).require(cfg.model.vocab_size)
     check_divisible(cfg, make_mesh(cfg.mesh))

@@ -174,12 +174,11 @@ def test_a_bundle_without_room_for_a_piece_of_text_is_named(run_dir, exported, t
 
 @KINDS
 def test_a_bundle_too_short_for_a_question_is_not_asked_one(run_dir, exported, tmp_path):
-    said: list[str] = []
-    bundle = exported.again(tmp_path, context=16)
-    result = verify.verify(run_dir, bundle, texts=1, probes=1, threads=1, say=said.append)
+    result = verify.verify(run_dir, exported.again(tmp_path, context=16), texts=1, probes=1, threads=1)
     assert not [sentence for sentence in result["failed"] if "rung 5" in sentence]
     assert result["parity"]["engine_tokens"] == 14 and "chat_wrong_ids" not in result["parity"]
-    assert "tokens, and the bundle has room for 16" in said[-1] and said[-1].startswith("rung 5 is left out")
+    (sentence,) = result["left_out"]
+    assert sentence.startswith("rung 5") and "tokens, and the bundle has room for 16" in sentence
 
 
 @KINDS
