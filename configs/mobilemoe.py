@@ -1,7 +1,13 @@
-"""MobileMoE S, M and L, each in four stages (paper section 4; learning rates and token counts from its recipe).
+"""MobileMoE S, M and L, each in four stages. `steps` follows from each stage's budget of tokens.
 
-The paper does not give batch sizes, betas, weight decay or warm-up: those below are this project's choice.
-Token budgets are 6T, 500B, 126B and 21B; `steps` follows from them.
+Published (paper, released checkpoints): shapes, the four stages, 6T and 500B tokens, INT4 in groups of 32 with
+INT8 activations. From reading notes of the paper, not checked against its text: learning rates and schedules, 126B
+and 21B tokens, capacity 1.5, balancing by 1e-3, z-loss 1e-4. This project's choice: batch, betas, weight decay,
+clipping, warm-up, where a cosine ends, initial scales, masking between documents, capacity in mid-training too,
+SFT's data for QAT. The paper mixes sources by domain; each stage here names one folder to put a mixture in.
+
+A process tokenises the text before the first step, holds its tokens on disk (4 bytes each) and 28 bytes of memory
+for each document: docs/pods.md says how far that goes.
 """
 
 from __future__ import annotations

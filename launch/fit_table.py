@@ -1,4 +1,4 @@
-"""`python -m launch fit --table`: docs/fit.md, the shipped sizes on the usual slices.
+"""`python -m launch fit --table`: docs/fit.md, the shipped sizes on the usual slices, and their QAT stages on one.
 
 Mesh, batch and remat policy of a row follow from model, chip and sequence length by one rule: of the candidates of
 `--search` with data and fsdp alone, the one that promises most among those whose estimate fits; if the compiler
@@ -26,12 +26,12 @@ _TRIES = 3
 _HEAD = """\
 # What fits where
 
-The training step of every size, compiled for real TPU slices without owning one: memory is what the compiler
-allocates, the speed is a *ceiling*, at which products, HBM and interconnect each run at their published peak and
-hide each other wholly (`launch/roofline.py`). Days and chip-hours are for the stage's {tokens} tokens at that
-ceiling. The optimizer step has the config's tokens, in as many microbatches as it takes; batch is sequences per
-device and microbatch. Mesh, batch and remat policy are chosen by one rule (`launch/fit_table.py`); `--search` may
-find better ones.
+The pre-training step of every size, and the QAT step on one slice, compiled for real TPU slices without owning
+one: memory is what the compiler allocates, the speed is a *ceiling*, at which products, HBM and interconnect each
+run at their published peak and hide each other wholly (`launch/roofline.py`). Days and chip-hours are for the
+stage's {tokens} tokens at that ceiling. The optimizer step has the config's tokens, in as many microbatches as it
+takes; batch is sequences per device and microbatch. Mesh, batch and remat policy are chosen by one rule
+(`launch/fit_table.py`); `--search` may find better ones.
 
 Made {date} with {versions} by
 
@@ -54,11 +54,15 @@ class Row(NamedTuple):
     seq_len: int
 
 
-ROWS = tuple(
-    Row(config, topology, seq_len)
-    for config in ("mobilemoe_s", "mobilemoe_m", "mobilemoe_l")
-    for topology in ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v5p:8x8x8", "v6e:16x16", "tpu7x:4x4x4")
-    for seq_len in (2048, 8192)
+_SIZES = ("mobilemoe_s", "mobilemoe_m", "mobilemoe_l")
+ROWS = (
+    *(
+        Row(config, topology, seq_len)
+        for config in _SIZES
+        for topology in ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v5p:8x8x8", "v6e:16x16", "tpu7x:4x4x4")
+        for seq_len in (2048, 8192)
+    ),
+    *(Row(f"{config}_qat", "v5e:16x16", 8192) for config in _SIZES),
 )
 
 

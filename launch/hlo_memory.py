@@ -47,6 +47,8 @@ def traffic(instruction: Instruction, inside: Computation, module: Module) -> in
         return 2 * _held(instruction.out) + _held(operands[1:])
     if opcode == "custom-call" and '"tpu_custom_call"' not in instruction.attributes:
         return 0  # AllocateBuffer, ConcatBitcast and the like
+    if opcode == "custom-call" and "output_to_operand_aliasing" in instruction.attributes:
+        return _in_place(instruction, inside)
     if opcode == "fusion":
         fused = module.called(instruction)
         given = [inside[name].out for name in instruction.operands]
@@ -59,6 +61,19 @@ def traffic(instruction: Instruction, inside: Computation, module: Module) -> in
     if opcode.endswith("-start"):
         return _held(instruction.out)  # a tuple of the operand and the result
     return _held(operands) + _held(instruction.out)
+
+
+def _in_place(kernel: Instruction, inside: Computation) -> int:
+    """Bytes of a kernel that writes into operands: of these what a CostEstimate leaves for them, if it has one."""
+    pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\}", kernel.attribute(r"output_to_operand_aliasing=\{(.*?\))\}"))
+    outputs, operands = ({int(pair[i] or 0) for pair in pairs} for i in (0, 1))
+    given = [inside[name].out for name in kernel.operands]
+    others = [a for i, arrays in enumerate(given) if i not in operands for a in arrays]
+    others += [a for i, a in enumerate(kernel.out) if i not in outputs]
+    touched = 2 * _held([kernel.out[i] for i in outputs])
+    if estimate := kernel.attribute(r'"bytes_accessed":"(\d+)"'):
+        touched = min(touched, max(0, int(estimate) - sum(a.bytes for a in others)))
+    return _held(others) + touched
 
 
 def _held(shapes: tuple[Array, ...] | list[Array]) -> int:

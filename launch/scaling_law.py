@@ -62,6 +62,8 @@ class Law(NamedTuple):
 
 
 # Table A.2 of the paper as reading notes give it; billions as units are inferred from the losses that it reports.
+# Its models had whole experts: finer and shared ones, which the paper found later, move the loss itself and, as is
+# assumed here, not which shape has the least.
 PUBLISHED = Law(
     0.2388, 0.0906, -0.2833, 0.0387, 0.6019, 1.0593, -0.3210, -0.3684, 1.9730,
     spans=((0.3e9, 0.9e9), (100e9, 500e9), (1.0, 32.0)),

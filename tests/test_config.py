@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+import configs
 from moe_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -105,7 +106,7 @@ def test_the_list_of_options_is_frozen():
 
 
 def test_what_is_trained_by_default_is_frozen():
-    """The paper's recipe: another default changes every run that does not name it."""
+    """Another default changes every run that does not name it."""
     defaults = to_dict(RunConfig())
     assert defaults["optimizer"] == {
         "learning_rate": 4e-4, "schedule": "cosine", "warmup_steps": 0, "final_fraction": 0.1, "b1": 0.9,
@@ -117,6 +118,32 @@ def test_what_is_trained_by_default_is_frozen():
         "bias_update_rate": 1e-3, "router_z_loss": 1e-4, "aux_loss": 0.0, "dispatch": "dropless",
         "capacity_factor": 1.5, "buffer_factor": 0.0,
     }  # fmt: skip
+
+
+# Of each stage: tokens, length, peak of the learning rate, schedule, where it ends, warm-up, dispatch, text, QAT.
+RECIPE = {
+    "": (6e12, 2048, 4e-4, "cosine", 0.1, 2000, "drop_and_pad", "text", None),
+    "_midtrain": (500e9, 8192, 4e-5, "linear", 0.0, 0, "drop_and_pad", "text", None),
+    "_sft": (126e9, 8192, 4e-6, "cosine", 0.1, 0, "dropless", "chat", None),
+    "_qat": (21e9, 8192, 4e-6, "cosine", 0.1, 0, "dropless", "chat", QuantConfig(32, True)),
+}
+SHAPES = {"s": (20, 768, 12, 384), "m": (26, 1024, 16, 512), "l": (32, 1280, 20, 640)}
+
+
+@pytest.mark.parametrize("stage", RECIPE)
+@pytest.mark.parametrize("size", SHAPES)
+def test_the_family_is_trained_by_the_recipe(size, stage):
+    cfg = configs.load(f"mobilemoe_{size}{stage}")
+    model, moe, best = cfg.model, cfg.model.moe, cfg.optimizer
+    assert moe is not None
+    assert (model.num_layers, model.d_model, model.num_heads, moe.expert_width) == SHAPES[size]
+    assert (moe.shared_expert_width, moe.capacity_factor) == (4 * moe.expert_width, 1.5)
+    tokens, *rest = RECIPE[stage]
+    assert cfg.steps * cfg.tokens_per_step == pytest.approx(tokens, abs=2**22)
+    assert rest == [
+        cfg.data.seq_len, best.learning_rate, best.schedule, best.final_fraction, best.warmup_steps, moe.dispatch,
+        cfg.data.sources[0].kind, cfg.quant,
+    ]  # fmt: skip
 
 
 def test_fine_grained_experts_follow_the_papers_trade():

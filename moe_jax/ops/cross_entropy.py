@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-BLOCK = 16_384  # rows of the table whose logits exist in float32 at one time, at most
-KERNEL_ROWS = 256  # of them, in one step of the kernel
+LOGITS = 2**24  # that exist in float32 at one time, at most: 64 MiB, which a TPU core's own memory may hold
+_STEP = 2**19  # of them, in one step of the kernel
 
 
 class Softmax(NamedTuple):
@@ -38,10 +38,11 @@ def _chunked(x: jax.Array, chunk: int) -> jax.Array:
     return padded.reshape(-1, chunk, *x.shape[1:])
 
 
-def _blocked(head_VD: jax.Array) -> jax.Array:
-    """The table in the fewest equal blocks of at most BLOCK rows; whole if nothing small divides it."""
+def _blocked(head_VD: jax.Array, chunk: int) -> jax.Array:
+    """The table in the fewest equal blocks with at most LOGITS for a chunk; whole if nothing near divides it."""
     rows = head_VD.shape[0]
-    blocks = next((n for n in range(-(-rows // BLOCK), 65) if rows % n == 0), 1)
+    fewest = -(-rows // max(LOGITS // chunk, 1))
+    blocks = next((n for n in range(fewest, 8 * fewest + 1) if rows % n == 0), 1)
     return head_VD.reshape(blocks, -1, head_VD.shape[1])
 
 
@@ -58,17 +59,17 @@ def _exponentials(n, logits_VC, top_C, row_C, others_NVC):
 
 
 def _exponentials_kernel(n, logits, top, row, _, others, mass, picked, *, rows: int):
-    step = pl.program_id(0)
+    step, height = pl.program_id(0), logits.shape[0]
 
     @pl.when(step == 0)
     def _start():
         mass[...] = jnp.zeros_like(mass)
         picked[...] = jnp.zeros_like(picked)
 
-    for first in range(0, KERNEL_ROWS, 32):  # as much as fits the registers
+    for first in range(0, height, 32):  # as much as fits the registers
         part = pl.ds(first, 32)
         values = logits[part, :]
-        index = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + (step * KERNEL_ROWS + first)
+        index = jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) + (step * height + first)
         hit = index == row[...]
         outside = index >= rows
         exact = jnp.where(hit | outside, 0.0, jnp.exp(values - top[...]))
@@ -80,23 +81,30 @@ def _exponentials_kernel(n, logits, top, row, _, others, mass, picked, *, rows: 
 def exponentials_fused(n, logits_VC, top_C, row_C, others_NVC, interpret: bool = False):
     """`_exponentials` by kernel, in one pass and in place: XLA would make a pass for each of its results."""
     rows, tokens = logits_VC.shape
+    height = min(max(_STEP // tokens // 32, 1), 8) * 32
     per_token = pl.BlockSpec((1, tokens), lambda i, n: (0, 0))
     sums = jax.ShapeDtypeStruct((1, tokens), jnp.float32)
     others_NVC, mass, picked = pl.pallas_call(
         partial(_exponentials_kernel, rows=rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(pl.cdiv(rows, KERNEL_ROWS),),
+            grid=(pl.cdiv(rows, height),),
             in_specs=[
-                pl.BlockSpec((KERNEL_ROWS, tokens), lambda i, n: (i, 0)),
+                pl.BlockSpec((height, tokens), lambda i, n: (i, 0)),
                 per_token,
                 per_token,
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
-            out_specs=[pl.BlockSpec((None, KERNEL_ROWS, tokens), lambda i, n: (n[0], i, 0)), per_token, per_token],
+            out_specs=[pl.BlockSpec((None, height, tokens), lambda i, n: (n[0], i, 0)), per_token, per_token],
         ),
         out_shape=[jax.ShapeDtypeStruct(others_NVC.shape, others_NVC.dtype), sums, sums],
         input_output_aliases={4: 0},
+        # Of `others_NVC` it touches one block, which nothing else tells the compiler or a roofline.
+        cost_estimate=pl.CostEstimate(
+            flops=0,
+            transcendentals=logits_VC.size,
+            bytes_accessed=logits_VC.size * (logits_VC.dtype.itemsize + others_NVC.dtype.itemsize) + 16 * tokens,
+        ),
         interpret=interpret,
         name="exponentials",
     )(jnp.reshape(n, (1,)), logits_VC, top_C[None], row_C[None], others_NVC)
@@ -157,7 +165,7 @@ def cross_entropy(
     part of the vocabulary and returns its part of the sum. Not for differentiation: see
     `cross_entropy_and_gradients`.
     """
-    head_NVD = _blocked(head_VD)
+    head_NVD = _blocked(head_VD, chunk)
 
     def body(carry, xs):
         total, others_NVC = carry
@@ -176,7 +184,7 @@ def cross_entropy_and_gradients(
 
     With `vocab_axis` the gradient of `hidden` is this device's part of the sum too.
     """
-    head_NVD = _blocked(head_VD)
+    head_NVD = _blocked(head_VD, chunk)
     tokens = hidden_TD.shape[0]
 
     # The gradient of a logit is weight * (p - 1 at the target): a product with `others`, and the target's

@@ -7,6 +7,7 @@ that bfloat16 and float16 both hold exactly, since LiteRT stores float16 and XNN
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; XNNPACK refuses smaller block scales
 LARGEST_SCALE = 65280.0  # the largest bfloat16 below float16's maximum
 INT4_MIN, INT4_MAX = -8, 7
+_BLOCK = 8
 
 
 def _xp(array: Any) -> Any:
@@ -30,6 +32,21 @@ def _grouped(w: Any, axis: int, group: int) -> Any:
     return w.reshape(*shape[:position], shape[position] // group, group, *shape[position + 1 :])
 
 
+def _block(group: int) -> int:
+    """Weights of a group that are looked at together.
+
+    A mesh may cut groups (768 over fsdp=16 is 48 each), and what is split into groups is then gathered by the
+    compiler: that shall be the peaks of blocks, an eighth of the weights.
+    """
+    return math.gcd(group, _BLOCK)
+
+
+def _spread(scales: Any, axis: int, group: int) -> Any:
+    """The scale of each block along `axis`, with an axis of 1 behind for its weights."""
+    xp = _xp(scales)
+    return xp.expand_dims(xp.repeat(scales, group // _block(group), axis=axis), axis)
+
+
 def _round_to_bfloat16(x: Any) -> Any:
     # On the bits, because XLA may drop a pair of casts to bfloat16 and back (excess precision is allowed).
     bits = x.view(np.uint32)
@@ -40,7 +57,8 @@ def _round_to_bfloat16(x: Any) -> Any:
 def int4_scales(w: Any, axis: int, group: int = 32) -> Any:
     """Scales of `w` (float32) for groups of `group` along `axis` (negative): float32, `axis` shrunk by `group`."""
     xp = _xp(w)
-    peak = xp.max(xp.abs(_grouped(w, axis, group)), axis=axis)
+    of_blocks = xp.max(xp.abs(_grouped(w, axis, _block(group))), axis=axis)
+    peak = xp.max(_grouped(of_blocks, axis, group // _block(group)), axis=axis)
     rounded = _round_to_bfloat16(peak * np.float32(2.0 / 15.0))
     return xp.clip(rounded, np.float32(SMALLEST_SCALE), np.float32(LARGEST_SCALE))
 
@@ -53,21 +71,20 @@ def int4_codes(w: Any, scales: Any, axis: int, group: int = 32) -> Any:
     comparing `w` with it settles what an inexact quotient guessed.
     """
     xp = _xp(w)
-    w_grouped, scale = _grouped(w, axis, group), xp.expand_dims(scales, axis)
-    guess = xp.round(xp.clip(w_grouped / scale, np.float32(INT4_MIN), np.float32(INT4_MAX)))
+    blocks, scale = _grouped(w, axis, _block(group)), _spread(scales, axis, group)
+    guess = xp.round(xp.clip(blocks / scale, np.float32(INT4_MIN), np.float32(INT4_MAX)))
     odd = xp.abs(guess) % np.float32(2) == 1
     above, below = (guess + np.float32(0.5)) * scale, (guess - np.float32(0.5)) * scale
-    up = (w_grouped > above) | (odd & (w_grouped == above))
-    down = (w_grouped < below) | (odd & (w_grouped == below))
+    up = (blocks > above) | (odd & (blocks == above))
+    down = (blocks < below) | (odd & (blocks == below))
     codes = xp.clip(guess + up - down, np.float32(INT4_MIN), np.float32(INT4_MAX))
     return codes.astype(np.int8).reshape(w.shape)
 
 
 def int4_dequantize(codes: Any, scales: Any, axis: int, group: int = 32) -> Any:
     """The float32 weights that `codes` and `scales` stand for."""
-    xp = _xp(codes)
-    values = _grouped(codes, axis, group).astype(np.float32) * xp.expand_dims(scales.astype(np.float32), axis)
-    return values.reshape(codes.shape)
+    blocks = _grouped(codes, axis, _block(group)).astype(np.float32)
+    return (blocks * _spread(scales.astype(np.float32), axis, group)).reshape(codes.shape)
 
 
 def _straight_through(value: jax.Array, gradient_to: jax.Array) -> jax.Array:

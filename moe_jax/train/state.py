@@ -21,9 +21,7 @@ from moe_jax.paths import flatten_paths, unflatten_paths
 from moe_jax.train.optimizer import make_optimizer
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["step", "params", "biases", "opt_state", "rng"], meta_fields=[]
-)
+@jax.tree_util.register_dataclass
 @dataclass
 class TrainState:
     """`params` and `biases` are nested dictionaries of float32 arrays, one leaf per path of `describe`."""
@@ -32,7 +30,6 @@ class TrainState:
     params: dict[str, Any]
     biases: dict[str, Any]  # the routers' selection biases
     opt_state: Any
-    rng: Any  # typed PRNG key
 
 
 def compute_for(cfg: RunConfig, mesh: Mesh) -> Compute:
@@ -56,10 +53,9 @@ def disassemble(model: Transformer) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _create(cfg: RunConfig) -> TrainState:
-    init_key, run_key = jax.random.split(jax.random.key(cfg.seed))
-    params, biases = disassemble(build(cfg.model, init_key))
+    params, biases = disassemble(build(cfg.model, jax.random.split(jax.random.key(cfg.seed))[0]))
     optimizer = make_optimizer(cfg.optimizer, cfg.steps, cfg.model)
-    return TrainState(jnp.int32(0), params, biases, optimizer.init(params), run_key)
+    return TrainState(jnp.int32(0), params, biases, optimizer.init(params))
 
 
 def state_shardings(cfg: RunConfig, mesh: Mesh, in_use: bool = False) -> TrainState:
@@ -78,7 +74,7 @@ def state_shardings(cfg: RunConfig, mesh: Mesh, in_use: bool = False) -> TrainSt
         optimizer.init, lambda _, where: where.with_memory_kind(memory), shapes.opt_state, params,
         transform_non_params=lambda _: everywhere,
     )  # fmt: skip
-    return TrainState(everywhere, params, biases, opt_state, everywhere)
+    return TrainState(everywhere, params, biases, opt_state)
 
 
 def abstract_state(cfg: RunConfig, mesh: Mesh) -> TrainState:

@@ -120,7 +120,7 @@ def make_train_step(cfg: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch],
             "counts_LE": parts.counts_LE,
             "dropped_L": parts.dropped_L,
         }
-        return TrainState(state.step + 1, params, biases, opt_state, state.rng), metrics | vote
+        return TrainState(state.step + 1, params, biases, opt_state), metrics | vote
 
     # Metrics everywhere: each process reads them.
     shardings = state_shardings(cfg, mesh), NamedSharding(mesh, PartitionSpec())

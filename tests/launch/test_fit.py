@@ -9,6 +9,7 @@ import argparse
 import gzip
 import importlib.util
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from launch.fit_report import available_bytes, first_knob, fit_record, render, s
 from launch.fit_search import Candidate, plan, render_search, search
 from launch.fit_table import ROWS, Row, make_table, render_table
 from launch.hlo import read_program
+from launch.hlo_text import nested, parse, schedule
 from launch.roofline import roofline
 from launch.slices import parse_slice
 from moe_jax.__main__ import guarded
@@ -111,6 +113,17 @@ def test_the_program_has_the_grouped_and_the_attention_kernels_and_moves_weights
     assert {"splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"} <= kernels.keys()
     moved = once.record["collectives"]
     assert moved["all-gather"]["count"] > 0 and moved["all-gather"]["gb"] > 0 and moved["all-gather"]["dcn_gb"] == 0
+
+
+def test_weights_are_gathered_one_layer_at_a_time(once):
+    """A gather moved out of the loop over layers would hold all of them at once."""
+    module, model = parse(once.compiled.text), small().model
+    assert model.moe is not None
+    runs = [inner for i, *_ in schedule(module) for inner in (i, *(x for x, _ in nested(i, module)))]
+    gathered = [a.dims for i in runs if i.opcode.startswith("all-gather") for a in i.out]
+    gate_up = model.moe.num_experts * model.d_model * 2 * model.moe.expert_width
+    assert model.num_layers == 2 and gate_up > model.vocab_size * model.d_model
+    assert gate_up <= max(map(math.prod, gathered)) < 2 * gate_up
 
 
 def test_grouped_products_are_counted_as_visited(once):
@@ -342,7 +355,7 @@ def test_the_ranking_shows_what_fits_what_does_not_and_what_was_not_compiled(onc
 
 
 def test_the_table_has_every_size_slice_and_length_once():
-    assert len(set(ROWS)) == len(ROWS) == 36
+    assert len(set(ROWS)) == len(ROWS) == 39
     assert {row.topology for row in ROWS} >= {"v5e:16x16", "v5p:8x8x8", "tpu7x:4x4x4"}
 
 

@@ -40,6 +40,18 @@ ROOT %f = f32[64,8,128]{2,1,0:T(8,128)} fusion(%a, %i, %b), kind=kLoop, calls=%f
     assert read_program(step(body.replace("SPACE", "S(1)"), fused)).hbm_bytes == 4 * KiB
 
 
+def test_a_kernel_that_writes_into_an_operand_moves_what_its_estimate_leaves_for_it():
+    body = """%new = f32[8,128]{1,0:T(8,128)} parameter(0)
+%all = f32[64,8,128]{2,1,0:T(8,128)} parameter(1)
+ROOT %k.1 = (f32[64,8,128]{2,1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)}) custom-call(%new, %all), \
+custom_call_target="tpu_custom_call", output_to_operand_aliasing={{0}: (1, {})}"""
+    whole = 2 * 64 * 4 * KiB
+    assert read_program(step(body)).hbm_bytes == 2 * 4 * KiB + whole
+    for part, found in ((4 * KiB, 4 * KiB), (0, 0), (2 * whole, whole)):
+        estimate = f', backend_config={{"cost_estimate":{{"flops":"0","bytes_accessed":"{2 * 4 * KiB + part}"}}}}'
+        assert read_program(step(body + estimate)).hbm_bytes == 2 * 4 * KiB + found
+
+
 def test_both_messages_of_a_program_too_large_are_read():
     short = read_out_of_memory(
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (20.00G) "

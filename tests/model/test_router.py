@@ -32,6 +32,15 @@ def router(experts: int, score_func: str) -> Any:
     return run
 
 
+def test_logits_are_products_of_float32_and_not_of_its_upper_half():
+    """A TPU multiplies float32 as bfloat16 unless told otherwise, which no test on a CPU sees."""
+    x, kernel, bias = drawn(8)
+    program = str(jax.make_jaxpr(jax.grad(lambda k: router(8, "sigmoid")(x, k, bias)[1].sum()))(kernel))
+    products = [line for line in program.splitlines() if "dot_general[" in line]
+    assert len(products) >= 2 and "bf16" not in program
+    assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == program.count("dot_general[")
+
+
 def drawn(experts: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(x, kernel, bias) from normal distributions."""
     rng = np.random.default_rng(seed)

@@ -45,7 +45,7 @@ def program(tokens, vocab, chunk, block, kernels=False):
         return cross_entropy(*operands, **options), cross_entropy_and_gradients(*operands, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK", block)
+        patch.setattr(module, "LOGITS", block * chunk)
         patch.setattr(module, "exponentials_fused", partial(exponentials_fused, interpret=True))
         return quick(run).lower(*case(tokens, vocab)).compile()
 
@@ -162,8 +162,8 @@ def test_in_bfloat16_gradients_are_near_those_of_float32():
 
 def test_neither_all_logits_nor_those_of_a_chunk_ever_exist_at_once(monkeypatch):
     """The compiled program's memory: the probabilities of one chunk, and beside them the logits of one block."""
-    monkeypatch.setattr(module, "BLOCK", 2048)
     tokens, width, vocab, chunk = 4096, 8, 16384, 512
+    monkeypatch.setattr(module, "LOGITS", 2048 * chunk)
     shapes = [(tokens, width), (vocab, width), (tokens,), (tokens,)]
     types = [jnp.float32, jnp.float32, jnp.int32, jnp.float32]
     abstract = [jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, types, strict=True)]

@@ -45,10 +45,9 @@ def filled(state: TrainState, seed: int) -> TrainState:
 
 def digests(state: TrainState) -> dict[str, str]:
     """SHA-256 of each whole leaf."""
-    leaves = flatten(replace(state, rng=jax.random.key_data(state.rng)))
     whole = {
         name: leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
-        for name, leaf in leaves.items()
+        for name, leaf in flatten(state).items()
     }
     return {name: hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for name, leaf in whole.items()}
 

@@ -34,9 +34,8 @@ def starts(run: Path) -> list[int]:
 
 
 def final_bytes(tiny, run: Path) -> list[bytes]:
-    """Every leaf of the last checkpoint: parameters, biases, moments, PRNG, step."""
+    """Every leaf of the last checkpoint: parameters, biases, moments, step."""
     state, _ = restore(run, abstract_state(tiny.cfg, single_device_mesh()))
-    state.rng = jax.random.key_data(state.rng)
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
 
 
