@@ -24,7 +24,16 @@ from conversion.command_options import (
 )
 from conversion.executorch import command as executorch
 from conversion.litert import FORMS
-from moe_jax.command_line import add_command, add_json, at_least, guarded, heed_interrupts, make_parser, parse
+from moe_jax.command_line import (
+    add_command,
+    add_json,
+    at_least,
+    guarded,
+    heed_interrupts,
+    leave,
+    make_parser,
+    parse,
+)
 from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import write_json
@@ -163,6 +172,8 @@ def _verify(arguments: Any) -> dict[str, Any]:
         print(f"left out: {sentence}", file=sys.stderr)
     for sentence in result["failed"][:20]:
         print(f"failed: {sentence}", file=sys.stderr)
+    if (more := len(result["failed"]) - 20) > 0:
+        print(f"and {more} more, all of them in --json", file=sys.stderr)
     return result
 
 
@@ -183,4 +194,4 @@ if __name__ == "__main__":
     # As an exception, so that half-written files of gigabytes are removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     heed_interrupts()
-    sys.exit(main())
+    leave(main())

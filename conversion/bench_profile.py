@@ -205,10 +205,12 @@ def table(result: dict[str, Any], most: int = 12) -> str:
     for call, found in result.items():
         if not isinstance(found, dict):
             continue
-        lines.append(f"{call}: {found['ms']:.3f} ms")
+        took = sum(found["parts"].values())
+        slower = f"; noted op by op {took:.3f} ms, of which the shares are" if took > 1.01 * found["ms"] else ""
+        lines.append(f"{call}: {found['ms']:.3f} ms{slower}")
         rows = [(part, ms, "") for part, ms in found["parts"].items()]
         rows += [(f"  {op}", ms, f"{times:8.0f}x") for op, (ms, times) in list(found["ops"].items())[:most]]
-        lines += [f"  {name:48.48}{ms:9.3f} ms {ms / found['ms']:6.1%}{times}" for name, ms, times in rows]
+        lines += [f"  {name:48.48}{ms:9.3f} ms {ms / took:6.1%}{times}" for name, ms, times in rows]
     return "\n".join(lines)
 
 

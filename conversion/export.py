@@ -142,7 +142,8 @@ def _write(
             bundle.write_bundle(lowered, tokenizer, bundled, context)
             sizes = [path.stat().st_size for path in (bundled, lowered)]
             lowered.unlink()
-            say("reading all codes and scales back")
+            if experts != "dense":
+                say("reading all codes and scales back")
             parts, known = readback.sections(bundled), Codes(weights)
             # Experts side by side, which only serve to compare with, have no names in the file.
             found = readback.Findings() if experts == "dense" else readback.compare(parts.tflite, known, output)

@@ -70,5 +70,7 @@ def _shown(result: dict[str, Any], *losses: str) -> dict[str, Any]:
             continue
         for name, moved in tensors.items():
             print(f"{kind}: {name} by {moved['relative_rms']:.3%} (at most {moved['max_abs']:.3g})")
-        print(f"{kind}: in sum by {result[kind]['relative_rms']:.3%} (root mean square), {len(tensors)} tensors")
+        print(
+            f"{kind}: {len(tensors)} tensors, all weights by {result[kind]['relative_rms']:.3%} (root mean square)"
+        )
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from launch.design import add_design_command
@@ -14,7 +13,7 @@ from launch.pipeline import add_pipeline_command
 from launch.pods import add_pod_commands, relaunchers
 from launch.record import add_resume_command
 from launch.status import add_status_command
-from moe_jax.command_line import add_command, add_overrides, guarded, heed_interrupts, make_parser, parse
+from moe_jax.command_line import add_command, add_overrides, guarded, heed_interrupts, leave, make_parser, parse
 
 _EXAMPLES = """\
 Examples:
@@ -69,4 +68,4 @@ def _demo(arguments: Any) -> int:
 
 if __name__ == "__main__":
     heed_interrupts()
-    sys.exit(main())
+    leave(main())

@@ -29,6 +29,7 @@ from moe_jax.progress import time_left
 from moe_jax.train.catalogue import complete_steps
 
 STAGES = ("pretrain", "midtrain", "sft", "qat")
+_BEFORE = {"tokenizer.json", ".tokenizer.json.lock"}
 PROMPT = "What does `os.path.join` do?"
 _FORMAT = "moe_jax demo 1"
 # For the time left alone: seconds of each part on two cores, those of training without its steps. What a machine
@@ -82,6 +83,7 @@ class Demo:
             "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             "parts": {},
         }
+        kill_points(self.configs["sft"].steps, self.configs["sft"].checkpoint.every_steps)
         self._open(fresh)
         self._worked: dict[str, float] = {}  # parts of this call
         # One cache for all: the reference, and both resumed runs, find the step compiled.
@@ -89,7 +91,8 @@ class Demo:
         self._env = {"JAX_COMPILATION_CACHE_DIR": cache, "PYTHONUNBUFFERED": "1"} | os.environ
 
     def _open(self, fresh: bool) -> None:
-        if self.run.exists() and not (self.run.is_dir() and not any(self.run.iterdir())):
+        # A tokenizer may be there: all configs of the demo have it in this place.
+        if self.run.exists() and not (self.run.is_dir() and {p.name for p in self.run.iterdir()} <= _BEFORE):
             try:
                 stored = json.loads((self.run / "demo.json").read_text())
             except (OSError, ValueError):
@@ -200,14 +203,14 @@ class Demo:
     def _call(self, *words: str) -> None:
         """Run a public command."""
         command = _shown(words)
-        _require_success(command, subprocess.run(command, env=self._env, check=False).returncode)
+        _require_success(command, finish(subprocess.Popen(command, env=self._env))[0])
 
     def _chat(self, bundle: str) -> dict[str, Any]:
         command = _shown(["conversion", "chat", bundle, "--prompt", PROMPT, "--max-tokens", "96"])
-        done = subprocess.run(command, env=self._env, stdout=subprocess.PIPE, text=True, check=False)
-        print(done.stdout, end="", flush=True)
-        _require_success(command, done.returncode)
-        return {"reply": done.stdout.strip()}
+        status, said = finish(subprocess.Popen(command, env=self._env, stdout=subprocess.PIPE, text=True))
+        print(said, end="", flush=True)
+        _require_success(command, status)
+        return {"reply": said.strip()}
 
     def _killed_sft(self) -> dict[str, Any]:
         cfg, words, folder = self.configs["sft"], self._train("sft", "sft"), self.run / "sft"
@@ -232,11 +235,23 @@ def kill_points(steps: int, every: int) -> list[tuple[int, int]]:
     past = max(1, every // 4)
     saved = [step for step in range(every, steps, every) if step + past < steps]
     if len(saved) < 2 or every < 2:
-        raise UserError(
-            f"{steps} steps with a checkpoint every {every} leave no room for two kills; "
-            f"set checkpoint.every_steps to {max(steps * 2 // 5, 2)}"
-        )
+        enough = max(steps, 6)
+        mend = f"{f'steps to {enough} and ' if enough > steps else ''}checkpoint.every_steps to {enough * 2 // 5}"
+        raise UserError(f"{steps} steps with a checkpoint every {every} leave no room for two kills; set {mend}")
     return [(saved[0], saved[0] + past), (saved[-1], saved[-1] + past)]
+
+
+def finish(child: subprocess.Popen[Any]) -> tuple[int, Any]:
+    """(status, output) of a child. One that is interrupted saves what it has first, unless interrupted again."""
+    try:
+        said, _ = child.communicate()
+    except KeyboardInterrupt:
+        child.terminate()  # a terminal has told it too, who stopped this process alone has not
+        child.wait()
+        raise
+    finally:
+        child.kill()
+    return child.returncode, said
 
 
 def run_and_kill(command: list[str], run: Path, saved: int, step: int, env: dict[str, str]) -> int:

@@ -105,6 +105,7 @@ def add_fit_command(commands: Any) -> None:
     sub = commands.add_parser(
         "fit",
         help="compile the train step for TPU slices that are not here: memory, roofline, days",
+        description="compile the train step for TPU slices that are not here: memory, roofline, days",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

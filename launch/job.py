@@ -50,6 +50,8 @@ class Job:
     stage: str = ""  # where the run is one stage of a pipeline: its folder in that of the run
 
     def __post_init__(self) -> None:
+        if ".json" in self.config:
+            raise UserError(f"{self.config} is a file that the image lacks; register it in configs/ and name it")
         # The strictest of the three: names of JobSets become host names, xpk allows 40 characters.
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
             raise UserError(
@@ -67,8 +69,6 @@ class Job:
                 f"--slices {self.slices}: GKE joins only slices of several hosts, and {self.topology} is one host; "
                 "take a larger topology"
             )
-        if ".json" in self.config:
-            raise UserError(f"{self.config} is a file that the image lacks; register it in configs/ and name it")
         for name, launchers in _ONLY_FOR.items():
             given = getattr(self, name) != self.__dataclass_fields__[name].default
             if given and self.launcher not in launchers:

@@ -15,6 +15,7 @@ from launch.local import add_local_options, job_of, run_local
 from launch.pods import LAUNCHERS, CheckFit, add_pod_options, launch_job, pod_job
 from moe_jax.command_line import add_command, add_overrides
 from moe_jax.errors import UserError
+from moe_jax.files import location
 
 
 def chosen(family: str, first: str | None, last: str | None, overrides: list[str]) -> list[tuple[str, str]]:
@@ -63,7 +64,7 @@ def add_pipeline_command(commands: Any, check_fit: CheckFit | None = None) -> No
         if here:
             _refuse(arguments, pods, "on this machine; leave it out, or add --topology, as in --topology v5e-256")
             root = arguments.run or os.path.join("runs", family)
-            start = [f"init_from={os.path.join(root, before)}"] if before else []
+            start = [f"init_from={location(root) / before}"] if before else []
             run = os.path.join(root, only) if only else root
             return run_local(job_of(arguments, config, run=run, overrides=[*overrides, *start], max_restarts=limit))
         _refuse(arguments, local, "on pods; leave it out")

@@ -16,6 +16,7 @@ from moe_jax.command_line import (
     at_least,
     guarded,
     heed_interrupts,
+    leave,
     make_parser,
     parse,
     prompt,
@@ -238,4 +239,4 @@ def _write(arguments: Any, result: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     heed_interrupts()
-    sys.exit(main())
+    leave(main())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import io
+import itertools
 import math
 import os
 import select
@@ -13,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from moe_jax.errors import INTERRUPTED, MISTAKEN, PREEMPTED, UNAVAILABLE, Preempted, UserError
 from moe_jax.files import is_remote, location
@@ -124,7 +126,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     unknown = [word for word in rest if word not in overrides]
     if unknown or (overrides and not hasattr(arguments, "overrides")):
         dashed = [word.lstrip("-") for word in unknown if "=" in word] if hasattr(arguments, "overrides") else []
-        hint = f"; options of the config have no dashes: {dashed[0]}" if dashed else ""
+        if hasattr(arguments, "overrides") and not dashed:
+            dashed = [f"{name.lstrip('-')}={value}" for name, value in itertools.pairwise(unknown)][:1]
+        hint = f"; an option of the config is written {dashed[0]}" if dashed else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}{hint}")
     if overrides:
         arguments.overrides += overrides
@@ -179,6 +183,18 @@ def _require_place(option: str, path: object) -> None:
     above = next(folder for folder in file.resolve().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"nothing can be written in {above}; name another place for --{option}")
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with a status of `guarded`.
+
+    Interrupted, at once: threads of native code that still compute crash where Python takes itself down.
+    """
+    if status != INTERRUPTED:
+        sys.exit(status)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(status)
 
 
 def guarded(command: Callable[[Any], Any], arguments: Any) -> int:

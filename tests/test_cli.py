@@ -125,7 +125,10 @@ def test_all_options_of_a_config_are_listed_as_they_are_typed(capsys):
 def test_an_option_of_the_config_with_dashes_is_mended(capsys):
     with pytest.raises(SystemExit):
         main(["params", CONFIG, "--steps=4"])
-    assert "options of the config have no dashes: steps=4" in capsys.readouterr().err
+    assert "an option of the config is written steps=4" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["params", CONFIG, "--steps", "4"])
+    assert "an option of the config is written steps=4" in capsys.readouterr().err
 
 
 def test_what_a_bucket_answers_is_one_sentence(capsys):

@@ -100,7 +100,7 @@ class Tokenizer:
         )
         if (found := backend.get_vocab_size()) < vocab_size:
             raise UserError(
-                f"the text gives only {found} of {vocab_size} entries; add text or set vocab_size to {found}"
+                f"the text gives only {found} of {vocab_size} entries; add text or set model.vocab_size to {found}"
             )
         return Tokenizer(backend)
 

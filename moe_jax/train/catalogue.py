@@ -41,9 +41,14 @@ def checkpoint_path(run_dir: AnyPath, step: int | None) -> epath.Path:
     steps = complete_steps(run_dir)
     if not steps or (step is not None and step not in steps):
         which = "complete checkpoint" if step is None else f"complete checkpoint of step {step}"
-        have = f"it has {', '.join(map(str, steps))}" if steps else "train it first"
+        have = f"it has {', '.join(map(str, steps))}" if steps else _mend(run_dir)
         raise UserError(f"{run_dir} has no {which}; {have}")
     return checkpoints_folder(run_dir) / str(steps[-1] if step is None else step)
+
+
+def _mend(run_dir: AnyPath) -> str:
+    stages = [folder.name for folder in folders_in(location(run_dir)) if complete_steps(folder)]
+    return f"its stages are runs: name {location(run_dir) / stages[-1]}" if stages else "train it first"
 
 
 def final_checkpoint(run_dir: AnyPath) -> epath.Path:

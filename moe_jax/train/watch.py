@@ -42,6 +42,8 @@ class StopRequest:
     def _note(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.name:
             raise KeyboardInterrupt
+        if self.name:
+            return
         self.name = signal.Signals(number).name
         print(f"{self.name}: saving a checkpoint, then stopping", file=sys.stderr, flush=True)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -43,6 +45,8 @@ def test_kills_come_after_a_checkpoint_on_none_and_before_the_end(steps, every):
         points = kill_points(steps, every)
     except UserError as error:
         assert every < 2 or steps <= 2 * every + max(1, every // 4), error
+        *more, every = map(int, re.findall(r" to (\d+)", str(error)))
+        assert kill_points(more[0] if more else steps, every)
         return
     assert len(points) == 2 and points[0] < points[1]
     for saved, step in points:
@@ -52,6 +56,54 @@ def test_kills_come_after_a_checkpoint_on_none_and_before_the_end(steps, every):
 def test_the_demos_fine_tuning_has_room_for_two_kills(tmp_path):
     cfg = Demo(tmp_path / "run", [], False).configs["sft"]
     assert len(kill_points(cfg.steps, cfg.checkpoint.every_steps)) == 2
+
+
+def test_too_few_steps_are_told_before_the_first_part(tmp_path):
+    with pytest.raises(UserError, match=r"3 steps.*set steps to 6 and checkpoint.every_steps to 2"):
+        Demo(tmp_path / "run", ["steps=3"], False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_there_is_no_other_folder(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tokenizer.json").touch()
+    assert Demo(run, [], False).parts == {}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").touch()
+    with pytest.raises(UserError, match="is no demo run"):
+        Demo(tmp_path / "other", [], False)
+
+
+SAVING = """
+import signal, sys, time
+def save(*_):
+    time.sleep(0.6)
+    open(sys.argv[1], "w").close()
+    sys.exit(75)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+INTERRUPTED = """
+import subprocess, sys
+from launch.demo import finish
+try:
+    finish(subprocess.Popen([sys.executable, "-c", *sys.argv[1:]]))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("everybody", [True, False], ids=["a terminal", "one process"])
+def test_a_command_that_is_interrupted_saves_before_the_demo_ends(tmp_path, everybody):
+    saved = tmp_path / "saved"
+    command = [sys.executable, "-c", INTERRUPTED, SAVING, str(saved)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as demo:
+        assert demo.stdout is not None and demo.stdout.readline() == "ready\n"
+        (os.killpg if everybody else os.kill)(demo.pid, signal.SIGINT)
+        assert demo.wait(60) == 130 and saved.exists()
 
 
 def test_kill_waits_for_step_and_checkpoint(tmp_path):
@@ -107,7 +159,7 @@ def typed(monkeypatch, folder: Path, *overrides: str) -> list[list[str]]:
 
 
 def test_every_part_is_a_command_that_its_program_knows(monkeypatch, tmp_path):
-    commands = typed(monkeypatch, tmp_path / "demo", "steps=40")
+    commands = typed(monkeypatch, tmp_path / "demo", "steps=40", "checkpoint.every_steps=15")
     assert len(commands) == len(demo._PARTS) - 1  # all but the comparison
     for program, *words in commands:
         if program.startswith("tests."):
@@ -134,10 +186,9 @@ def test_finished_parts_are_skipped_until_fresh(monkeypatch, tmp_path):
 
 
 def test_a_failing_command_stops_the_demo_with_its_status(monkeypatch, tmp_path, capfd):
-    def fail(command, **_):
-        return subprocess.CompletedProcess(command, 7)
-
-    monkeypatch.setattr(demo.subprocess, "run", fail)
+    fails = [sys.executable, "-c", "raise SystemExit(7)"]
+    popen = subprocess.Popen
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda command, **options: popen(fails, **options))
     assert run_demo(tmp_path / "demo") == 7
     error = capfd.readouterr().err
     assert "python -m moe_jax tokenizer demo_pretrain" in error and "exited with status 7" in error

@@ -61,7 +61,9 @@ def test_a_fixed_compute_is_shared_between_size_and_text():
 def test_the_printed_command_trains_the_designed_model(found):
     for design in found:
         words = [word for word in command_of(design).split() if "=" in word]
-        changed = differences(configs.load("mobilemoe_s", words).model, design.model)
+        cfg = configs.load("mobilemoe_s", words)
+        assert cfg.steps * cfg.tokens_per_step == pytest.approx(design.tokens, abs=cfg.tokens_per_step)
+        changed = differences(cfg.model, design.model)
         assert all(name in TRAINING_OPTIONS for name in changed)
 
 
