@@ -28,10 +28,11 @@ _HEAD = """\
 
 The pre-training step of every size, and the QAT step on one slice, compiled for real TPU slices without owning
 one: memory is what the compiler allocates, the speed is a *ceiling*, at which products, HBM and interconnect each
-run at their published peak and hide each other wholly (`launch/roofline.py`). Days and chip-hours are for the
-stage's {tokens} tokens at that ceiling. The optimizer step has the config's tokens, in as many microbatches as it
-takes; batch is sequences per device and microbatch. Mesh, batch and remat policy are chosen by one rule
-(`launch/fit_table.py`); `--search` may find better ones.
+run at their published peak and hide each other wholly (`launch/roofline.py`). "By the compiler" is the MFU of its
+own cycles, one operation after the other, with kernels at peak and without collectives, where a chip's clock is
+known. Days and chip-hours are for the stage's {tokens} tokens at the ceiling. The optimizer step has the config's
+tokens, in as many microbatches as it takes; batch is sequences per device and microbatch. Mesh, batch and remat
+policy are chosen by one rule (`launch/fit_table.py`); `--search` may find better ones.
 
 Made {date} with {versions} by
 
@@ -42,7 +43,7 @@ The same command goes on after a stop. One row in full: `python -m launch fit mo
 """
 _COLUMNS = (
     "config", "slice", "seq", "mesh", "batch", "accum.", "remat", "fits", "args GB", "temp GB", "headroom GB",
-    "tokens/s/chip", "MFU at most", "bound by", "days", "chip-hours", "compile s",
+    "tokens/s/chip", "MFU at most", "by the compiler", "bound by", "days", "chip-hours", "compile s",
 )  # fmt: skip
 
 
@@ -119,9 +120,10 @@ def _cells(row: Row, r: dict[str, Any] | None) -> list[str]:
     if r["fits"]:
         line, stage = r["roofline"], r["stage"]
         cells += [
-            f"{line['tokens_per_second_per_chip']:,.0f}", f"{line['mfu_ceiling']:.0%}", line["bound_by"],
+            f"{line['tokens_per_second_per_chip']:,.0f}", f"{line['mfu_ceiling']:.0%}",
+            f"{mfu:.0%}" if (mfu := line["compiler_mfu"]) else "-", line["bound_by"],
             f"{stage['days']:,.1f}", f"{stage['chip_hours']:,.0f}",
         ]  # fmt: skip
     else:
-        cells += ["-"] * 5
+        cells += ["-"] * 6
     return [*cells, f"{r['compile_seconds']:.0f}"]
