@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -51,8 +52,15 @@ def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
 
 
 def single_device_mesh() -> Mesh:
-    """A mesh of one device, for generation, evaluation and tests."""
+    """A mesh of one device, for generation and tests."""
     return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def local_mesh(width: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh that cuts parameters over this process's chips, as many as divide `width`; on a CPU one device."""
+    found = devices or (jax.devices()[:1] if jax.default_backend() == "cpu" else jax.local_devices())
+    count = math.gcd(len(found), width)
+    return make_mesh(MeshConfig(fsdp=count), found[:count])
 
 
 def platform(mesh: Mesh | AbstractMesh) -> str:

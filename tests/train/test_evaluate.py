@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import jax
 import pytest
 
 from moe_jax.__main__ import main
@@ -34,6 +35,14 @@ def test_conversations_are_evaluated_in_nats_and_leave_the_text_as_it_is(finishe
     assert both["bits_per_byte_model"] == text["bits_per_byte_model"]
     nats = [found["tokens"] * found["nats_per_token"] for found in (text, alone, both)]
     assert nats[0] + nats[1] == pytest.approx(nats[2])
+
+
+def test_a_model_that_one_device_does_not_hold_is_evaluated_on_several(finished, monkeypatch):
+    meshes, put = [], evaluation.put_batch
+    monkeypatch.setattr(evaluation, "put_batch", lambda batch, mesh: meshes.append(mesh) or put(batch, mesh))
+    alone, cut = evaluation.evaluate(finished), evaluation.evaluate(finished, devices=jax.devices()[:6])
+    assert {mesh.size for mesh in meshes} == {1, 2}  # as many of the six as divide d_model
+    assert cut == pytest.approx(alone, rel=1e-6)
 
 
 def test_evaluation_takes_few_tokens_at_a_time_whatever_the_batch_of_training(finished, monkeypatch):
