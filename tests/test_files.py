@@ -57,6 +57,17 @@ def test_lines_of_a_killed_process_stay_and_its_torn_one_goes(tmp_path):
     assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
 
 
+def test_a_log_is_on_the_disk_when_flush_returns_and_not_at_each_line(tmp_path, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    log = LineLog(tmp_path / "log.jsonl")
+    log.write({"a": 1})
+    assert synced == []
+    log.flush()
+    assert synced == [len('{"a": 1}\n')]
+    log.close()
+
+
 def test_a_log_on_a_disk_is_one_file_however_long(tmp_path, monkeypatch):
     monkeypatch.setattr("moe_jax.files.PART_BYTES", 10)
     log = LineLog(tmp_path / "log.jsonl")
@@ -114,6 +125,19 @@ def test_json_is_readable(tmp_path):
     write_json(tmp_path / "a.json", {"b": [1]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1]}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_beside_it(tmp_path, monkeypatch):
+    def fail_after_one_byte(self, data):
+        with self.open("wb") as file:
+            file.write(data[:1])
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a.json").write_text("old")
+    monkeypatch.setattr(Path, "write_bytes", fail_after_one_byte)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "a.json", "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.json", "old")]
 
 
 def test_a_link_is_written_through_and_a_pipe_written_to(tmp_path):

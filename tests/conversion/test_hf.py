@@ -19,9 +19,10 @@ from conversion.hf_import import import_folder
 from conversion.hf_int4 import on_grid
 from conversion.int4 import Int4, unpack_nibbles
 from conversion.tensor_file import DTYPES
-from moe_jax.config import DataConfig, OptimizerConfig, QuantConfig, RunConfig, SourceConfig
+from moe_jax.config import DataConfig, OptimizerConfig, QuantConfig, RopeConfig, RunConfig, SourceConfig
 from moe_jax.errors import UserError
 from moe_jax.generate import Generator
+from moe_jax.model.rope import rope_frequencies
 from moe_jax.overrides import from_dict
 from moe_jax.parallel.mesh import single_device_mesh
 from moe_jax.train.checkpoint import Checkpoints, final_checkpoint, load_parameters
@@ -39,7 +40,8 @@ from tests.conversion.folders import (
 )
 from tests.data.helpers import render_text
 
-PLAIN = dataclasses.replace(TINY, qk_norm=False, moe=dataclasses.replace(ROUTED, norm_topk_prob=False))
+UNSCALED = dataclasses.replace(TINY, rope=RopeConfig(10_000.0, 1.0, 64))
+PLAIN = dataclasses.replace(UNSCALED, qk_norm=False, moe=dataclasses.replace(ROUTED, norm_topk_prob=False))
 IDS = np.random.default_rng(1).integers(0, 270, 100).tolist()
 
 
@@ -100,6 +102,18 @@ def test_an_imported_folder_is_a_finished_run_of_its_config(bf16):
     assert sorted(path.name for path in run.parent.iterdir()) == ["published", "run"]
 
 
+def test_a_model_whose_positions_are_not_scaled_comes_back_with_the_same_frequencies(tmp_path):
+    run = write_run(tmp_path / "run", UNSCALED, random_parameters(UNSCALED))
+    export_folder(run, tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_scaling"] is None
+    import_folder(tmp_path / "hf", tmp_path / "again")
+    back = load_parameters(tmp_path / "again")[0].model
+    # What scaling would start from is not told by the folder, and nothing depends on it.
+    assert back == dataclasses.replace(UNSCALED, rope=RopeConfig(10_000.0, 1.0, TINY.max_position_embeddings))
+    before, after = (rope_frequencies(model.rope, model.head_dim) for model in (UNSCALED, back))
+    assert np.array_equal(before, after)
+
+
 def test_int4_import_keeps_the_codes_along_the_input_and_tells_what_experts_lose(int4):
     _, run, report = int4
     assert from_dict(RunConfig, json.loads((run / "config.json").read_text())).quant == QuantConfig(32)
@@ -136,14 +150,14 @@ def test_a_run_trained_here_says_what_each_layout_costs(tmp_path):
 def test_an_int4_folder_of_a_run_trained_here_holds_what_was_trained(config, group, tmp_path):
     run = write_run(tmp_path / "run", config, (trained := random_parameters(config)), QuantConfig(group))
     export_folder(run, tmp_path / "int4", kind="int4-g32", allow_requantization=True)
-    linear = Int4.from_float(np.ascontiguousarray(trained["layers/attention/q/kernel"][1].T), group)
-    linear = Int4(linear.codes, np.repeat(linear.scales, group // 32, axis=-1))
     experts = Int4.from_float(on_grid(trained["layers/ffn/experts/down"][1], -2, group), 32)
     folder, layer = Folder(tmp_path / "int4"), "model.layers.1."
-    for weight, codes, scales in (
-        (linear, "self_attn.q_proj.qweight", "self_attn.q_proj.weight_scale"),
-        (experts, "feed_forward.experts.down_qweight", "feed_forward.experts.down_scale"),
-    ):
+    held = [(experts, "feed_forward.experts.down_qweight", "feed_forward.experts.down_scale")]
+    for part in "qo":  # a row of o has several groups of either width
+        linear = Int4.from_float(np.ascontiguousarray(trained[f"layers/attention/{part}/kernel"][1].T), group)
+        linear = Int4(linear.codes, np.repeat(linear.scales, group // 32, axis=-1))
+        held.append((linear, f"self_attn.{part}_proj.qweight", f"self_attn.{part}_proj.weight_scale"))
+    for weight, codes, scales in held:
         assert np.array_equal(unpack_nibbles(folder.read(layer + codes)), weight.codes)
         assert np.array_equal(folder.read(layer + scales), weight.scales)
 
@@ -157,7 +171,7 @@ def test_the_checkpoint_of_the_step_that_is_named_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int4"])
-@pytest.mark.parametrize("config", [TINY, PLAIN], ids=["published", "without norms"])
+@pytest.mark.parametrize("config", [TINY, PLAIN], ids=["published", "without norms and scaling"])
 def test_transformers_computes_what_jax_computes(kind, config, tmp_path):
     published = write_published(tmp_path / "published", config, int4=kind == "int4", full=True)
     model = AutoModelForCausalLM.from_pretrained(published, trust_remote_code=True, dtype=torch.float32)

@@ -5,7 +5,7 @@ import pytest
 
 from conversion import hf_int4
 from conversion.hf_int4 import Loss, masters, on_grid, recovered
-from conversion.int4 import Int4
+from conversion.int4 import Int4, unpack_nibbles
 from moe_jax.ops.fake_quant import int4_codes, int4_scales
 
 GROUP = 32
@@ -41,6 +41,13 @@ def test_scales_that_bfloat16_holds_lose_nothing():
     assert np.array_equal(on_grid(masters(weight), -1, GROUP), weight.dequantize())
 
 
+def test_masters_of_a_scale_too_small_for_the_grid_are_the_weights_as_they_are():
+    weight = any_codes(rows=2, columns=64)
+    weight.codes[:, ::GROUP] = 7  # an end of the grid, which a larger scale would move
+    weight = Int4(weight.codes, np.full_like(weight.scales, 2.0**-20))
+    assert np.array_equal(masters(weight), weight.dequantize())
+
+
 @pytest.mark.parametrize("make", [rounded, any_codes])
 @pytest.mark.parametrize("placed", [True, False], ids=["masters", "dequantised"])
 def test_codes_and_float16_scales_come_back_bit_for_bit(make, placed):
@@ -49,6 +56,15 @@ def test_codes_and_float16_scales_come_back_bit_for_bit(make, placed):
     assert exact
     assert np.array_equal(found.codes, weight.codes)
     assert np.array_equal(found.scales, weight.scales)
+
+
+def test_only_codes_that_four_bits_hold_are_found():
+    codes = np.zeros((1, GROUP), np.int8)
+    codes[0, :2] = 4  # half the scale would do as well, were there a code of 8
+    weight = Int4(codes, np.ones((1, 1), np.float16))
+    found, exact = recovered(weight.dequantize(), GROUP, False)
+    assert exact and found.codes.max() <= 7
+    assert np.array_equal(Int4(unpack_nibbles(found.packed), found.scales).dequantize(), weight.dequantize())
 
 
 def test_weights_that_were_trained_since_are_known_as_such():

@@ -57,7 +57,9 @@ def saying(folder, key, value):
         ("hidden_act", "gelu", "hidden_act = 'gelu'"),
         ("tie_word_embeddings", False, "tie_word_embeddings = False"),
         ("attention_bias", True, "attention_bias = True"),
+        ("attention_bias", 0, "attention_bias = 0"),  # equal to false, as true is to 1
         ("interleave_moe_layer_step", 2, "interleave_moe_layer_step = 2"),
+        ("interleave_moe_layer_step", True, "interleave_moe_layer_step = True"),
         ("no_rope_layers", [1, 0], r"no_rope_layers = \[1, 0\]"),
         ("layer_types", ["full_attention", "sliding_attention"], "layer_types"),
         ("rope_scaling.rope_type", "yarn", "rope_scaling.rope_type = 'yarn'"),
@@ -72,6 +74,14 @@ def saying(folder, key, value):
 )
 def test_a_config_that_says_something_else_is_refused_by_the_field(folder, key, value, sentence):
     refused(saying(folder(), key, value), sentence)
+
+
+@pytest.mark.parametrize("key", ["tie_word_embeddings", "no_rope_layers", "hidden_act", "model_type"])
+def test_a_config_that_does_not_say_what_every_folder_says_is_refused_by_the_field(folder, key):
+    place = folder()
+    path = place / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+    refused(place, f"{key} = None")
 
 
 # Most are equal to what is right, and would make a run whose config cannot be read again.
@@ -255,8 +265,9 @@ def test_a_file_that_is_not_there_and_a_tokenizer_that_does_not_fit_are_named(fo
     refused(place, "tokenizer")
 
 
-def test_experts_are_not_rounded_again_unless_allowed_and_the_price_is_told(folder):
-    place = folder(int4=True)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_experts_are_not_rounded_again_unless_allowed_and_the_price_is_told(tmp_path, layers):
+    place = write_published(tmp_path / "published", dataclasses.replace(TINY, num_layers=layers), int4=True)
     with pytest.raises(UserError, match=r"moves the first layer's weights by \d+\.\d%.*--allow-requantization"):
         import_folder(place, place.parent / "run")
     assert not (place.parent / "run").exists()

@@ -30,6 +30,19 @@ def test_jax_and_torch_are_compared_up_to_the_first_tie_of_experts(monkeypatch, 
     assert figures["jax_torch_int8_max_abs"] == 0.5  # of all, for the record
 
 
+def test_a_margin_is_the_lead_of_the_last_expert_chosen_in_the_layer_where_it_is_least(monkeypatch):
+    leads, chosen = [], verify.Reference.top_k
+
+    def spy(self, scores, k):
+        *_, last, next_best = scores.topk(k + 1).values.unbind(-1)
+        leads.append((last - next_best).numpy())
+        return chosen(self, scores, k)
+
+    monkeypatch.setattr(verify.Reference, "top_k", spy)
+    _, margins = verify._torch_logits(weights.random(TINY), IDS, False)
+    assert len(leads) == TINY.num_layers and np.array_equal(margins, np.min(leads, axis=0))
+
+
 def test_one_token_that_the_engine_finds_much_less_likely_is_a_fault():
     even = -np.log(300)
 

@@ -1,5 +1,8 @@
 """Weights in memory and in safetensors files."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +42,21 @@ def test_the_same_weights_give_the_same_bytes(tmp_path):
     for name in "ab":
         save(weights.random(MOE, seed=3), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_random_weights_are_alike_in_every_process():
+    code = (
+        "from conversion import weights\n"
+        "from moe_jax.config import ModelConfig\n"
+        "print(weights.random(ModelConfig()).float('model.norm.weight').tobytes().hex())"
+    )
+
+    def told(seed: str) -> str:
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert told("1") == told("2") != ""
 
 
 def test_rounding_in_pieces_leaves_no_row_out(monkeypatch):

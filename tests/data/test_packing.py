@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.data import packing
 from moe_jax.data.packing import PackedRows, empty_row, layout_chat, layout_text, stack
 from moe_jax.data.tokenized import TokenizedSource
 
@@ -69,9 +70,9 @@ def test_text_rows_are_full_but_the_last(lengths, S):
 
 
 @settings(max_examples=60)
-@given(lengths_of_documents, row_lengths, seeds, st.randoms(use_true_random=False))
-def test_chats_stay_whole_or_are_cut_and_counted(lengths, S, seed, random):
-    trained = np.array([random.random() < 0.6 for _ in range(sum(lengths))])
+@given(lengths_of_documents, row_lengths, seeds, st.integers(0, 2**32 - 1), st.sampled_from([0.05, 0.2, 0.6]))
+def test_chats_stay_whole_or_are_cut_and_counted(lengths, S, seed, draw, share):
+    trained = np.random.default_rng(draw).random(sum(lengths)) < share
     trained[1] = True  # at least one conversation stays
     chats = source(lengths, trained)
     rows = PackedRows(chats, S, BOS, PAD, seed)
@@ -87,7 +88,10 @@ def test_chats_stay_whole_or_are_cut_and_counted(lengths, S, seed, random):
         assert not mask[len(want) :].any() and mask.any()
         assert (goals[mask > 0] == segment[mask > 0] + 1).all()
         seen.append(document)
-    assert len(seen) == len(set(seen)) == len(lengths) - rows.layout.dropped
+    ends = np.minimum(chats.offsets[:-1] + S + 1, chats.offsets[1:])
+    with_target = [trained[start + 1 : end].any() for start, end in zip(chats.offsets[:-1], ends, strict=True)]
+    assert sorted(seen) == np.flatnonzero(with_target).tolist()
+    assert len(seen) == len(lengths) - rows.layout.dropped
     assert cut == rows.layout.truncated
 
 
@@ -121,6 +125,21 @@ def test_first_fit_fills_earlier_rows():
     trained = np.ones(14, bool)
     rows = PackedRows(source([5, 6, 3], trained), 8, BOS, PAD)
     assert [(rows[i]["segment_ids"] > 0).sum() for i in range(len(rows))] == [8, 6]
+
+
+def test_a_conversation_stays_for_the_one_target_of_its_rows_last_place():
+    trained = np.zeros(12, bool)
+    trained[[4, 10]] = True  # of each conversation the target of place 3
+    rows = PackedRows(source([6, 6], trained), 4, BOS, PAD)
+    assert [rows[i]["loss_mask"].tolist() for i in range(len(rows))] == [[0, 0, 0, 1]] * 2
+    assert rows.layout.dropped == 0
+
+
+def test_first_fit_closes_the_oldest_row_when_one_too_many_would_be_open():
+    many = packing._OPEN_ROWS + 1
+    lengths = np.array([6] * many + [4])
+    layout = layout_chat(lengths, np.arange(many + 1), 10, np.ones(many + 1, bool))
+    assert [[document for document, *_ in layout.pieces(row)] for row in (0, 1, 2)] == [[0], [1, many], [2]]
 
 
 def test_rows_have_the_types_of_the_batch_format():

@@ -96,6 +96,14 @@ def test_sources_are_shuffled_each_in_its_own_way(config, text_source, tokenizer
         assert not np.array_equal(*batch["tokens"])
 
 
+def test_sources_are_packed_each_in_its_own_way(config, text_source, tokenizer):
+    config = dataclasses.replace(config, sources=(text_source, text_source), global_batch_size=2)
+    iterator = make_train_iterator(config, tokenizer)
+    epoch = [batch["tokens"] for batch in take(iterator, iterator.stats[0]["rows"])]
+    first, second = ({rows[source].tobytes() for rows in epoch} for source in (0, 1))
+    assert len(first | second) > 1.8 * len(first)
+
+
 def test_mixture_follows_the_weights_by_rows(config, tokenizer):
     rows = [row for batch in take(make_train_iterator(config, tokenizer), 100) for row in batch["tokens"]]
     chats = sum(tokenizer.header_start in row for row in rows)
@@ -164,12 +172,14 @@ def test_a_failed_read_leaves_no_cache_behind(text_source, tokenizer, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_heldout_batches_and_text_hold_the_same_bytes_and_targets(config, tokenizer):
+@pytest.mark.parametrize("times", [1, 2])
+def test_heldout_batches_and_text_hold_the_same_bytes_and_targets(config, tokenizer, times):
+    config = dataclasses.replace(config, heldout=config.heldout * times)
     batches = list(heldout_batches(heldout_rows(config, tokenizer), 5))
     assert all(batch["tokens"].shape == (5, 64) for batch in batches)
     targets = [int(t) for b in batches for t in b["targets"][b["loss_mask"] > 0]]
     source = tokenize_source(config.heldout[0], tokenizer)
-    documents = [source.tokens[a:b] for a, b in pairwise(source.offsets)]
+    documents = [source.tokens[a:b] for a, b in pairwise(source.offsets)] * times
     assert targets == [int(t) for ids in documents for t in ids[1:]]
     assert "".join(tokenizer.decode(ids[1:-1]) for ids in documents).encode() == heldout_text(config)
 

@@ -181,7 +181,9 @@ def test_another_tokenizer_is_told_apart(config, tokenizer):
 
 def test_another_mixture_is_told_apart_and_may_be_allowed(config, tokenizer):
     state = make_train_iterator(config, tokenizer).get_state()
+    lighter = (dataclasses.replace(config.sources[0], weight=2.0), *config.sources[1:])
     for change, words in (
+        ({"sources": lighter}, r"data.sources was .*\(text, weight 3\).*, is .*\(text, weight 2\).*weight 1\); "),
         ({"sources": config.sources[:1]}, r"data.sources was .*chats.jsonl \(chat, weight 1\), is .*weight 3\); "),
         ({"max_bytes": 900}, "data.max_bytes was 0, is 900"),
     ):

@@ -22,6 +22,13 @@ def test_texts_come_back_from_every_kind_of_file(tmp_path, kind):
     assert list(iter_documents(SourceConfig(path))) == TEXTS
 
 
+@pytest.mark.parametrize(("max_bytes", "count"), [(0, 3), (3, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
+def test_a_source_ends_with_the_document_that_reaches_its_bytes(tmp_path, max_bytes, count):
+    texts = ["aaaa", "bbbb", "cccc"]
+    path = write(tmp_path, "jsonl", "text", texts)
+    assert list(iter_documents(SourceConfig(path), max_bytes)) == texts[:count]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "array_record"])
 def test_conversations_come_back_from_every_kind_of_file(tmp_path, kind):
     path = write(tmp_path, kind, "messages", [CHAT, CHAT * 2])

@@ -35,12 +35,28 @@ def test_the_axis_that_cuts_the_vocabulary_cuts_the_logits_of_a_chunk(tensor):
     assert many - few == pytest.approx(2 * 1024 * 2048 / tensor)
 
 
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_larger_vocabulary_takes_logits_and_the_gathered_table_with_its_gradient(tensor):
+    cfg, sizes = small(), ONE | {"fsdp": 4 // tensor, "tensor": tensor}
+    larger = replace(cfg, model=replace(cfg.model, vocab_size=2 * cfg.model.vocab_size))
+    few, many = (estimated_bytes(each, sizes) for each in (cfg, larger))
+    added = cfg.model.vocab_size / tensor
+    gradient = 4 * (many[0] - few[0]) / 12  # of a parameter's 12 bytes of state
+    assert many[1] - few[1] == pytest.approx(gradient + (2 * cfg.loss_chunk + 6 * cfg.model.d_model) * added)
+
+
 @pytest.mark.parametrize("axis", ["fsdp", "data"])
 def test_every_microbatch_gathers_the_parameters_and_reduces_their_gradients_anew(axis):
     cfg, sizes = small("data.global_batch_size=16"), ONE | {axis: 4}
     once = least_seconds(cfg, sizes, KIND)[2]
     assert once > 0
     assert least_seconds(replace(cfg, gradient_accumulation=4), sizes, KIND)[2] == pytest.approx(4 * once)
+
+
+def test_gradients_take_longer_between_slices_than_within_one():
+    cfg = small()
+    within, between = (least_seconds(cfg, ONE | {axis: 2, "fsdp": 2}, KIND)[2] for axis in ("data", "slices"))
+    assert between > within
 
 
 @pytest.mark.parametrize(("remat", "times"), [("full", 6), ("nothing", 4)])
@@ -69,6 +85,10 @@ def test_experts_on_several_devices_gather_the_tokens_of_all_of_them_in_every_la
 def test_a_grouped_product_has_the_pairs_of_one_pass_of_one_microbatch(batch, accumulation, sizes, pairs):
     cfg = small(f"data.global_batch_size={batch}", f"gradient_accumulation={accumulation}")
     assert pairs_per_call(cfg, ONE | sizes) == pairs
+
+
+def test_an_expert_of_few_pairs_has_a_tile_all_the_same():
+    assert visited_rows(60, 60, 128) == 60 * 128
 
 
 @pytest.mark.parametrize("expert", [1, 2])

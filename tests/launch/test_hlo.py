@@ -181,6 +181,35 @@ def test_of_a_conditional_the_costliest_branch_counts():
     assert read_program(two).estimated_cycles == 5
 
 
+def test_a_loop_in_a_branch_costs_as_often_as_it_runs():
+    branches = """
+%once (q: f32[]) -> f32[] {
+  ROOT %q = f32[] parameter(0), x={"estimated_cycles":"30"}
+}
+
+%body (p: (f32[])) -> (f32[]) {
+  %p = (f32[]) parameter(0)
+  %x = f32[] get-tuple-element(%p), index=0
+  %y = f32[] add(%x, %x), x={"estimated_cycles":"10"}
+  ROOT %t = (f32[]) tuple(%y)
+}
+
+%cond (p.1: (f32[])) -> pred[] {
+  ROOT %p.1 = (f32[]) parameter(0)
+}
+
+%often (r: f32[]) -> f32[] {
+  %r = f32[] parameter(0)
+  %init = (f32[]) tuple(%r)
+  %w = (f32[]) while(%init), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  ROOT %z = f32[] get-tuple-element(%w), index=0
+}"""
+    body = """%i = pred[] parameter(0)
+%x.1 = f32[] parameter(1)
+ROOT %c = f32[] conditional(%i, %x.1, %x.1), true_computation=%once, false_computation=%often"""
+    assert read_program(step(body, branches)).estimated_cycles == 7 * 10
+
+
 def test_the_costliest_names_come_first_and_add_up():
     rows = costliest(saved("products"))
     assert [cycles for _, cycles, _ in rows] == [6 * 46176, 6 * 38748, 6 * 5206]

@@ -40,6 +40,21 @@ ROOT %f = f32[64,8,128]{2,1,0:T(8,128)} fusion(%a, %i, %b), kind=kLoop, calls=%f
     assert read_program(step(body.replace("SPACE", "S(1)"), fused)).hbm_bytes == 4 * KiB
 
 
+def test_a_slice_on_its_way_to_vmem_is_read_once():
+    body = """%a = f32[64,128]{1,0:T(8,128)} parameter(0)
+%s = ((f32[64,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]) slice-start(%a), slice={[0:8], [0:128]}
+ROOT %d = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%s)"""
+    assert read_program(step(body)).hbm_bytes == 4 * KiB
+
+
+def test_a_gather_reads_the_rows_that_its_indices_name_and_writes_them():
+    body = """%a = f32[64,128]{1,0:T(8,128)} parameter(0)
+%i = s32[8]{0:T(128)SPACE} parameter(1)
+ROOT %g = f32[8,128]{1,0:T(8,128)} gather(%a, %i), offset_dims={1}"""
+    assert read_program(step(body.replace("SPACE", "S(1)"))).hbm_bytes == 2 * 4 * KiB
+    assert read_program(step(body.replace("SPACE", ""))).hbm_bytes == 2 * 4 * KiB + 4 * 128
+
+
 def test_a_kernel_that_writes_into_an_operand_moves_what_its_estimate_leaves_for_it():
     body = """%new = f32[8,128]{1,0:T(8,128)} parameter(0)
 %all = f32[64,8,128]{2,1,0:T(8,128)} parameter(1)

@@ -82,6 +82,14 @@ def test_choice_weights_counts_and_losses_are_of_exact_scores_of_the_real_tokens
     assert stats.aux_loss == pytest.approx(want["aux_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("experts", [128, 129, 256, 257])  # the last one at the ends of int8 and of uint8
+def test_the_last_of_many_experts_can_be_chosen(experts):
+    x, kernel, bias = drawn(experts)
+    bias[-1] = 99
+    ids, _, stats = quick(router(experts, "sigmoid"))(x, kernel, bias)
+    assert (np.asarray(ids)[REAL][:, 0] == experts - 1).all() and stats.counts_E[-1] == REAL.sum()
+
+
 def test_the_balance_loss_is_one_where_tokens_and_scores_are_spread_evenly():
     x = np.zeros((3, 20, WIDTH), np.float32)
     x[REAL, :6] = [np.roll([3.0, 2, 1, 0, -1, -2], n) for n in range(36)]

@@ -25,6 +25,12 @@ def test_the_likeliest_token_is_drawn_where_hardly_another_may_be(temperature, t
     assert int(sample(logits, jax.random.key(0), temperature, top_p)) == 1
 
 
+def test_of_two_equal_tokens_half_the_probability_is_one_of_them():
+    logits = jnp.asarray([1.0, 1.0, -1e9, -1e9])
+    draw = jax.vmap(lambda key: sample(logits, key, 1.0, 0.5))
+    assert (draw(jax.random.split(jax.random.key(0), 20)) == 0).all()
+
+
 def test_each_token_is_drawn_anew_and_the_seed_repeats_them():
     indifferent = {path: np.zeros(leaf.shape, np.float32) for path, leaf in describe(DENSE).items()}
     generator = Generator(DENSE, indifferent)

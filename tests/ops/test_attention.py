@@ -55,6 +55,17 @@ def test_in_bfloat16_blocks_are_as_near_to_float32_as_the_whole():
         assert jnp.linalg.norm(a.astype(jnp.float32) - b) < 0.01 * jnp.linalg.norm(b)
 
 
+def test_in_bfloat16_what_all_values_share_cancels_in_the_gradients_of_queries_and_keys():
+    """Half of each value is 1 everywhere, so a large gradient of it reaches all weights of a query alike."""
+    q, k, v, positions, segments, grad = operands(2, 16, jnp.bfloat16)
+    shared = WIDTH // 2
+    case = (q, k, v.at[:, :, :shared].set(1), positions, segments, grad.at[..., :shared].multiply(64))
+    exact = quick(value_and_gradients, static_argnums=0)(plain, *(jnp.asarray(a, jnp.float32) for a in case))
+    got = quick(value_and_gradients, static_argnums=0)(blocked_attention, *case)
+    for a, b in zip(got, exact, strict=True):
+        assert jnp.linalg.norm(a.astype(jnp.float32) - b) < 0.02 * jnp.linalg.norm(b)
+
+
 def test_a_document_sees_neither_the_one_before_nor_what_comes_later():
     q, k, v, positions, segments, _ = operands(2, 16)
     before = blocked_attention(q, k, v, positions, segments)

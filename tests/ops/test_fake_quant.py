@@ -12,7 +12,9 @@ from hypothesis.extra.numpy import arrays
 
 from moe_jax.config import MeshConfig
 from moe_jax.ops.fake_quant import (
+    LARGEST_SCALE,
     SMALLEST_SCALE,
+    _round_to_bfloat16,
     fake_quant,
     fake_quant_rows,
     int4_codes,
@@ -34,6 +36,24 @@ def test_scales_are_exact_in_bfloat16_and_in_normal_float16(w):
     assert (scales == scales.astype(ml_dtypes.bfloat16).astype(np.float32)).all()
     assert (scales == scales.astype(np.float16).astype(np.float32)).all()
     assert (scales >= SMALLEST_SCALE).all()
+
+
+def test_the_scale_of_huge_weights_is_the_largest_that_both_formats_hold():
+    (scale,) = int4_scales(np.full((32, 1), 1e6, np.float32), -2).ravel()
+    above = np.nextafter(ml_dtypes.bfloat16(scale), ml_dtypes.bfloat16(np.inf)).astype(np.float32)
+    assert scale == LARGEST_SCALE == ml_dtypes.bfloat16(scale) == np.float16(scale)
+    assert above > np.finfo(np.float16).max
+
+
+def test_rounding_to_bfloat16_is_to_the_nearest_and_of_two_to_the_even_one():
+    """Of each finite bfloat16 and the next: the first, just before, at and just after the middle of both."""
+    finite = np.arange(1 << 16, dtype=np.uint32) << 16
+    finite = finite[np.isfinite(finite.view(np.float32))]
+    x = (finite[:, None] + np.array([0, 0x7FFF, 0x8000, 0x8001], np.uint32)).view(np.float32)
+    with np.errstate(over="ignore"):
+        expected = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    for rounded in (_round_to_bfloat16(x), np.asarray(jax.jit(_round_to_bfloat16)(x))):
+        np.testing.assert_array_equal(rounded.view(np.uint32), expected.view(np.uint32))
 
 
 @given(matrices)

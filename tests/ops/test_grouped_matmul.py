@@ -81,9 +81,9 @@ def test_megablox_is_right_where_k_and_n_are_no_multiple_of_the_tile(sizes, tran
 
 
 @pytest.mark.parametrize("transpose_rhs", [False, True])
-@pytest.mark.parametrize(("implementation", "garbage"), [("megablox", np.nan), ("tiles", 1e9)])
-def test_rows_that_belong_to_no_group_reach_nothing_else(implementation, garbage, transpose_rhs):
-    """NaN and worse in them on the way forward and back, and the kernel in memory that is NaN until written."""
+@pytest.mark.parametrize("implementation", ["megablox", "tiles"])
+def test_rows_that_belong_to_no_group_reach_nothing_else(implementation, transpose_rhs):
+    """NaN in them on the way forward and back, and the kernel in memory that is NaN until written."""
     lhs, rhs = _operands(SHAPES[0])
     if transpose_rhs:
         rhs = rhs.swapaxes(1, 2)
@@ -91,7 +91,7 @@ def test_rows_that_belong_to_no_group_reach_nothing_else(implementation, garbage
     want = value_and_gradients("dense", transpose_rhs=transpose_rhs)(lhs, rhs, sizes, grad)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
         run = value_and_gradients(implementation, transpose_rhs=transpose_rhs)
-        got = run(lhs.at[50:].set(jnp.nan), rhs, sizes, grad.at[50:].set(garbage))
+        got = run(lhs.at[50:].set(jnp.nan), rhs, sizes, grad.at[50:].set(jnp.nan))
     for a, b in zip((got[0][:50], got[1][:50], got[2]), (want[0][:50], want[1][:50], want[2]), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4)
 

@@ -63,6 +63,19 @@ def test_hosts_of_a_slice_share_out_the_batch(sizes, parts, monkeypatch):
     assert sorted(set().union(*held.values())) == list(range(total))
 
 
+def test_rows_of_shards_that_lie_apart_go_each_to_its_own(monkeypatch):
+    """A host's part of a batch holds the rows of its shards side by side."""
+    monkeypatch.setattr(batches, "_shards", lambda _: (4, {0: (0, 2), 1: (1, 3)}))
+
+    def read(shape, _, callback):
+        assert shape == (8, 3)
+        return {shard: callback(np.s_[2 * shard : 2 * shard + 2, 0:3])[:, 0].tolist() for shard in (0, 2)}
+
+    monkeypatch.setattr(jax, "make_array_from_callback", read)
+    part = {"tokens": np.arange(4)[:, None].repeat(3, 1)}
+    assert put_batch(part, mesh_of(MeshConfig(fsdp=4))) == {"tokens": {0: [0, 1], 2: [2, 3]}}
+
+
 def test_rows_that_hosts_share_in_part_are_refused(monkeypatch):
     mesh = mesh_of(MeshConfig(fsdp=4))
     monkeypatch.setattr(batches, "_shards", lambda _: (3, {0: (0, 1), 1: (1, 2)}))

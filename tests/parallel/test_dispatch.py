@@ -1,5 +1,6 @@
 """Dispatch and combine: a permutation with nothing lost but what is counted, and its gradient."""
 
+import math
 from functools import cache, partial
 
 import jax
@@ -235,3 +236,27 @@ def test_tokens_in_several_passes_equal_one_pass_in_value_and_every_gradient(mon
     assert int(results[0][0]) == (ids_BSK < 6).sum()
     for one, several in zip(*results, strict=True):
         np.testing.assert_allclose(one, several, rtol=1e-4, atol=1e-4)
+
+
+def _kept_of_two_favourites(moe):
+    """Pairs kept on one device, where all of 64 tokens choose expert 0, then expert 1."""
+    x_BSD, routing_BSK = jnp.ones((4, 16, 4)), jnp.ones((4, 16, 2))
+    ids_BSK = jnp.broadcast_to(jnp.arange(2, dtype=jnp.int32), (4, 16, 2))
+    weights = jnp.ones((6, 4, 4)), jnp.ones((6, 2, 4))
+    run = partial(through_experts, _stand_in, moe=moe, mesh=mesh_of(MeshConfig(fsdp=1)))
+    return int(quick(run)(weights, x_BSD, ids_BSK, routing_BSK)[1])
+
+
+@pytest.mark.parametrize(("pairs", "passes"), [(128, 1), (40, 4)])
+def test_capacity_goes_by_the_tokens_of_one_pass(pairs, passes, monkeypatch):
+    monkeypatch.setattr(module, "PASS_PAIRS", pairs)
+    moe = MoEConfig(
+        num_experts=6, num_experts_per_tok=2, expert_width=2, dispatch="drop_and_pad", capacity_factor=1.0
+    )
+    assert number_of_passes(64, 2) == passes
+    assert _kept_of_two_favourites(moe) == passes * 2 * math.ceil(64 / passes * 2 / 6)
+
+
+def test_a_device_with_all_experts_needs_no_buffer_and_drops_nothing():
+    moe = MoEConfig(num_experts=6, num_experts_per_tok=2, expert_width=2, buffer_factor=0.5)
+    assert _kept_of_two_favourites(moe) == 128

@@ -81,13 +81,19 @@ def test_a_sequence_of_odd_registers_compiles_for_tpu():
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [{}, {"context": 2}, {"tensor": 2}, {"data": 2, "context": 2, "tensor": 2}],
-    ids=["one", "context", "tensor", "all"],
+    ("sizes", "largest"),
+    [
+        ({}, 128),
+        ({"context": 2}, 128),
+        ({"context": 2}, module.BLOCK),
+        ({"tensor": 2}, 128),
+        ({"data": 2, "context": 2, "tensor": 2}, 128),
+    ],
+    ids=["one", "context", "blocks of queries smaller than of keys", "tensor", "all"],
 )
-def test_value_and_gradients_equal_plain_attention(sizes, monkeypatch):
+def test_value_and_gradients_equal_plain_attention(sizes, largest, monkeypatch):
     """On whole rows, with queries cut over the sequence, with heads cut, and all of it."""
-    monkeypatch.setattr(module, "BLOCK", 128)
+    monkeypatch.setattr(module, "BLOCK", largest)
     mesh = mesh_of(MeshConfig(**{"fsdp": 1} | sizes))
     where = NamedSharding(mesh, PartitionSpec())
     case = jax.device_put(operands(), where)

@@ -83,3 +83,18 @@ def test_the_gradient_of_a_frequent_token_keeps_growing_in_bfloat16():
     table = jnp.zeros((VOCAB, 2), jnp.bfloat16)
     grad = quick(jax.grad(lambda table: look_up(table, ids, mesh).astype(jnp.float32).sum()))(table)
     assert (grad[3] == 4096).all() and (grad.at[3].set(0) == 0).all()
+
+
+def test_gradients_in_bfloat16_are_scaled_in_float32_and_rounded_once():
+    """As in a mean over tokens, whose count bfloat16 cannot hold."""
+    table, hidden, _, ids, weight = operands()
+    mesh = mesh_of(MESHES["one"])
+
+    def gradients(scale):
+        def loss(hidden, table):
+            return scale * next_token_loss(hidden, table, ids, weight, mesh, chunk=8)
+
+        return quick(jax.grad(loss, (0, 1)))(hidden.astype(jnp.bfloat16), table.astype(jnp.bfloat16))
+
+    for whole, third in zip(gradients(1.0), gradients(1 / 3), strict=True):
+        assert (third == (whole.astype(jnp.float32) * (1 / 3)).astype(jnp.bfloat16)).all()

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from moe_jax.parallel.mesh import single_device_mesh
 from moe_jax.train import checkpoint, stored
 from moe_jax.train.catalogue import checkpoint_path, remove
 from moe_jax.train.checkpoint import Checkpoints, complete_steps, final_checkpoint, health, load_parameters
-from moe_jax.train.checksums import Record, digest, file_sizes, write_record
+from moe_jax.train.checksums import Record, digest, file_sizes, read_record, write_record
+from moe_jax.train.evaluate import evaluate
 from moe_jax.train.state import TrainState, abstract_state, init_state
 from tests.train.conftest import restore
 
@@ -146,6 +147,14 @@ def test_parameters_are_read_from_a_checkpoint_whose_moments_are_damaged(run, fi
     assert all((leaf == theirs[name]).all() for name, leaf in load_parameters(run)[1].items())
 
 
+def test_neither_a_next_stage_nor_an_evaluation_starts_from_damaged_parameters(tiny, run, tmp_path):
+    reason = flip(largest(run / "checkpoints/12/model"))
+    with pytest.raises(UserError, match=reason):
+        tiny.fit(tmp_path / "next", f"init_from={run}")
+    with pytest.raises(UserError, match=reason):
+        evaluate(run)
+
+
 @pytest.mark.parametrize("gone", ["all", "record"])
 def test_a_checkpoint_that_goes_while_it_is_read_is_told(run, monkeypatch, gone):
     described = stored.describe
@@ -225,6 +234,25 @@ def test_half_written_folders_do_not_count_and_are_cleaned(run):
     assert complete_steps(run) == [8]
     assert sorted(Checkpoints(run).clean()) == ["12", "16.orbax-checkpoint-tmp"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["20.damaged-1", "8"]
+
+
+def test_a_checkpoint_whose_removal_is_killed_no_longer_counts(run, monkeypatch):
+    path = checkpoint_path(run, 12)
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(path), "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove(path)
+    assert complete_steps(run) == [8]
+
+
+def test_marking_a_checkpoint_final_changes_nothing_else_of_its_record(run):
+    path = checkpoint_path(run, 8)
+    before = read_record(path)
+    Checkpoints(run).mark_final(8)
+    assert not before.final and read_record(path) == replace(before, final=True)
 
 
 def test_the_newest_final_checkpoint_is_found(run):

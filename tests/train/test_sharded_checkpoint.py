@@ -8,14 +8,18 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_jax.config import MeshConfig
 from moe_jax.train.checkpoint import complete_steps, health
 from moe_jax.train.state import abstract_state
+from moe_jax.train.stored import _shard_bytes
 from tests.tiny import mesh_of, run_config
 from tests.train.conftest import restore
 from tests.train.sharded import digests
@@ -85,6 +89,15 @@ def test_one_process_restores_every_leaf_of_two(story, sizes):
     run, told = story
     restored, _ = restore(run, abstract_state(run_config(mesh=sizes), mesh_of(sizes)), 1)
     assert jax.process_count() == 1 and digests(restored) == told[0]["saved 1"]["digests"]
+
+
+def test_a_shard_is_counted_as_all_bytes_of_the_chunks_that_it_touches():
+    """Rows 3 to 6 of the second shard lie in the chunks of rows 0 to 4 and 4 to 8."""
+    sharding = NamedSharding(mesh_of(MeshConfig(fsdp=4)), PartitionSpec("fsdp"))
+    leaf = jax.ShapeDtypeStruct((12, 5), np.float32, sharding=sharding)
+    chunks = SimpleNamespace(chunk_shape=(4, 5))
+    stored = SimpleNamespace(shape=leaf.shape, dtype=leaf.dtype, storage_metadata=chunks)
+    assert _shard_bytes(leaf, stored) == 8 * 5 * 4
 
 
 def test_a_save_that_fails_in_one_process_is_told_by_it(story):

@@ -9,6 +9,8 @@ import shutil
 import signal
 import struct
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,11 +20,14 @@ from orbax.checkpoint import v1 as ocp
 from moe_jax.__main__ import main
 from moe_jax.config import SourceConfig
 from moe_jax.data.commands import build_tokenizer
-from moe_jax.data.pipeline import TrainIterator
+from moe_jax.data.pipeline import TrainIterator, heldout_rows
 from moe_jax.data.tokenized import tokenize_source
+from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import Preempted, UserError
 from moe_jax.files import read_lines
+from moe_jax.parallel.mesh import single_device_mesh
 from moe_jax.train import evaluate as evaluation
+from moe_jax.train import heldout
 from moe_jax.train.checkpoint import checkpoint_path, complete_steps, describe
 from moe_jax.train.goodput import KINDS
 from moe_jax.train.metrics import Metrics, read_metrics
@@ -187,6 +192,21 @@ def test_the_best_is_what_evaluation_would_call_the_best(tiny, tmp_path, monkeyp
     points = [record for record in whole_records(curves.read_bytes()) if b"heldout_loss" in record]
     drawn = [struct.unpack("<f", record[-4:])[0] for record in points]
     assert drawn == pytest.approx([event["heldout_loss"] for event in saved], rel=1e-6)
+
+
+def test_the_held_out_loss_is_of_the_same_text_whatever_the_microbatch(tiny, monkeypatch):
+    def step(_params, _biases, batch):  # a sum that tells texts apart, in place of nats
+        return (batch["targets"] * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
+
+    monkeypatch.setattr(heldout, "make_eval_step", lambda *_: step)
+    rows = heldout_rows(tiny.cfg.data, Tokenizer.load(tiny.cfg.data.tokenizer))
+    state: Any = SimpleNamespace(params=None, biases=None)
+
+    def loss(parts):
+        cfg = tiny.variant("checkpoint.heldout_batches=1", f"gradient_accumulation={parts}")
+        return heldout.HeldoutLoss(cfg, single_device_mesh(), rows)(state, lambda: None)
+
+    assert loss(1) == loss(2) > 0
 
 
 def test_a_failed_background_save_stops_the_run_at_once(tiny, tmp_path, monkeypatch):
