@@ -99,20 +99,12 @@ def render_table(done: Sequence[tuple[Row, dict[str, Any] | None]]) -> str:
     counts = sorted({r["stage"]["tokens"] for r in found if r["stage"]})
     made = ", ".join(f"{name} {number}" for name, number in (found[0]["versions"] if found else versions()).items())
     head = _HEAD.format(
-        tokens=" or ".join(_count(n) for n in counts),
+        tokens=" or ".join(f"{n / 1e9:,.0f}B" for n in counts),
         date=min((r["date"] for r in found), default="-"),
         versions=made,
     )
     lines = [_line(_COLUMNS), _line(["---"] * len(_COLUMNS))]
     return "\n".join([head, *lines, *(_line(_cells(row, record)) for row, record in done)]) + "\n"
-
-
-def _count(tokens: int) -> str:
-    return f"{tokens / 1e12:g}T" if tokens >= 1e12 else f"{tokens / 1e9:.0f}B"
-
-
-def _days(days: float) -> str:
-    return f"{days:,.1f}" if days >= 0.1 else f"{days:.1g}"
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -132,7 +124,8 @@ def _cells(row: Row, r: dict[str, Any] | None) -> list[str]:
         cells += [
             f"{line['tokens_per_second_per_chip']:,.0f}", f"{line['mfu_ceiling']:.0%}",
             f"{mfu:.0%}" if (mfu := line["compiler_mfu"]) else "-", line["bound_by"],
-            _days(stage["days"]), f"{stage['chip_hours']:,.0f}",
+            f"{stage['days']:,.2g}" if stage["days"] < 0.1 else f"{stage['days']:,.1f}",
+            f"{stage['chip_hours']:,.0f}",
         ]  # fmt: skip
     else:
         cells += ["-"] * 6
