@@ -118,10 +118,10 @@ def overrides_of(model: ModelConfig) -> list[str]:
 
 def command_of(design: Design) -> str:
     """How to train it."""
-    return " ".join(["python -m moe_jax train", _BASE, "--run runs/designed", *_words(design)])
+    return " ".join(["python -m moe_jax train", _BASE, "--run runs/designed", *_overrides(design)])
 
 
-def _words(design: Design) -> list[str]:
+def _overrides(design: Design) -> list[str]:
     """The model, and as many steps as its tokens take."""
     steps = round(design.tokens / configs.load(_BASE).tokens_per_step)
     return [*overrides_of(design.model), f"steps={max(steps, 1)}"]
@@ -214,7 +214,7 @@ def _command(arguments: Any) -> int:
 
 def _record(design: Design) -> dict[str, Any]:
     numbers = {name: getattr(design, name) for name in ("active", "total", "bytes", "tokens", "loss")}
-    return numbers | {"expansion": expansion(design.model), "overrides": _words(design)}
+    return numbers | {"expansion": expansion(design.model), "overrides": _overrides(design)}
 
 
 def render(law: Law, found: Sequence[Design], error: float | None) -> str:

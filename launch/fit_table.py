@@ -124,7 +124,7 @@ def _cells(row: Row, r: dict[str, Any] | None) -> list[str]:
         cells += [
             f"{line['tokens_per_second_per_chip']:,.0f}", f"{line['mfu_ceiling']:.0%}",
             f"{mfu:.0%}" if (mfu := line["compiler_mfu"]) else "-", line["bound_by"],
-            f"{stage['days']:,.2g}" if stage["days"] < 0.1 else f"{stage['days']:,.1f}",
+            f"{stage['days']:.2g}" if stage["days"] < 0.1 else f"{stage['days']:,.1f}",
             f"{stage['chip_hours']:,.0f}",
         ]  # fmt: skip
     else:

@@ -53,6 +53,7 @@ def disassemble(model: Transformer) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _create(cfg: RunConfig) -> TrainState:
+    # Half of the key, as when a state held the other half: a seed keeps giving the parameters that it gave.
     params, biases = disassemble(build(cfg.model, jax.random.split(jax.random.key(cfg.seed))[0]))
     optimizer = make_optimizer(cfg.optimizer, cfg.steps, cfg.model)
     return TrainState(jnp.int32(0), params, biases, optimizer.init(params))

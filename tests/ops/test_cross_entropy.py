@@ -1,5 +1,7 @@
 """Cross entropy in chunks of tokens and blocks of the vocabulary, against its definition."""
 
+import importlib.util
+import re
 from functools import cache, partial
 
 import jax
@@ -8,8 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, SingleDeviceSharding
 
+from launch.fit_compile import devices_of
+from launch.slices import parse_slice
 from moe_jax.config import MeshConfig
 from moe_jax.ops import cross_entropy as module
 from moe_jax.ops.cross_entropy import (
@@ -170,3 +174,19 @@ def test_neither_all_logits_nor_those_of_a_chunk_ever_exist_at_once(monkeypatch)
     run = jax.jit(partial(cross_entropy_and_gradients, chunk=chunk))
     stats = run.lower(*abstract).compile().memory_analysis()
     assert stats is not None and stats.temp_size_in_bytes < 1.5 * chunk * vocab * 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("chip", ["v5e:2x2", "tpu7x:2x2x1"])
+def test_no_chip_copies_what_is_kept_between_blocks(chip):
+    """The kernel writes in place only where it and XLA tile that array alike; tpu7x tiles bfloat16 by 16 rows."""
+    where = SingleDeviceSharding(devices_of(parse_slice(chip), 1)[0])
+    shapes = [((4096, 256), "bfloat16"), ((32768, 256), "bfloat16"), ((4096,), "int32"), ((4096,), "float32")]
+    operands = [jax.ShapeDtypeStruct(shape, dtype, sharding=where) for shape, dtype in shapes]
+    run = partial(cross_entropy_and_gradients, chunk=2048, kernels=True)
+    text = jax.jit(run).trace(*operands).lower(lowering_platforms=("tpu",)).compile().as_text()
+    kept = 32768 * 2048
+    sizes = [
+        np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"= bf16\[([\d,]+)\]\S* copy\(", text)
+    ]
+    assert "exponentials" in text and kept not in sizes
