@@ -62,13 +62,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", BEAT)
 
 
+@pytest.mark.parametrize("end", [b"", b"\r", b"\n", b"\r\n", b"\r\r", b"\n\r"])
 @pytest.mark.parametrize("size", [0, 1, 3, 6 << 20])
-def test_whole_files_come_back_as_they_were_written(folder, size):
-    data = (b"--a\r\n--\0\xff\r" * (size // 10 + 1))[:size]
+def test_whole_files_come_back_as_they_were_written(folder, size, end):
+    data = (b"--a\r\n--\0\xff\r" * (size // 10 + 1))[:size] + end
     path = location(folder) / "deep" / "file.bin"
     for content in (b"older", data):
         write_bytes(path, content)
-    assert path.read_bytes() == data and path.stat().length == size
+    assert path.read_bytes() == data and path.stat().length == len(data)
     write_json(f"{folder}/a.json", {"b": [1]})
     assert json.loads(location(f"{folder}/a.json").read_text()) == {"b": [1]}
 
