@@ -118,6 +118,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
 
+    add(
+        "tokenize",
+        _tokenize,
+        "put the tokens of data.sources and data.heldout into data.cache_dir, local or gs://, ahead of the runs "
+        "that use them: on a machine without TPUs, say",
+        "mobilemoe_s data.cache_dir=gs://b/tokens data.sources.0.path='gs://b/data/*.jsonl'",
+        True,
+    )
+
     sub = add(
         "batch",
         _batch,
@@ -218,6 +227,17 @@ def _tokenizer(arguments: Any) -> None:
     data, size = cfg.data, cfg.model.vocab_size
     build_tokenizer(data.sources, size, data.tokenizer, data.max_bytes, arguments.overwrite)
     print(f"{size} entries in {data.tokenizer}")
+
+
+def _tokenize(arguments: Any) -> None:
+    from moe_jax.data.commands import tokenize
+    from moe_jax.data.tokenizer import Tokenizer
+
+    cfg = configs.load(arguments.config, arguments.overrides)
+    tokenizer = Tokenizer.load(cfg.data.tokenizer)
+    tokenizer.require(cfg.model.vocab_size)
+    for line in tokenize(cfg.data, tokenizer):
+        print(line, flush=True)
 
 
 def _batch(arguments: Any) -> None:

@@ -228,7 +228,7 @@ class DataConfig:
     global_batch_size: int = 256  # sequences per optimizer step, over all devices and accumulation
     seed: int = 0
     max_bytes: int = 0  # stop a source after the document that reaches this size; 0 reads all
-    cache_dir: str = "runs/token_cache"  # tokenised sources are kept here; "" keeps none
+    cache_dir: str = "runs/token_cache"  # of tokenised sources; in a bucket only `tokenize` fills it; "" keeps none
 
     def __post_init__(self) -> None:
         _require(len(self.sources) > 0, "data.sources is empty; name at least one source")

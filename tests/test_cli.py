@@ -53,7 +53,7 @@ def test_training_imports_neither_torch_nor_litert():
 
 
 @pytest.mark.parametrize(
-    "command", ["configs", "train", "params", "evaluate", "inspect", "generate", "tokenizer", "batch"]
+    "command", ["configs", "train", "params", "evaluate", "inspect", "generate", "tokenizer", "tokenize", "batch"]
 )
 def test_each_command_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as stop:
@@ -222,6 +222,17 @@ def test_an_existing_tokenizer_is_kept(capsys, small_tokenizer):
     before = small_tokenizer.read_bytes()
     assert "overwrite" in sentence(capsys, "tokenizer", CONFIG, f"data.tokenizer={small_tokenizer}")
     assert small_tokenizer.read_bytes() == before
+
+
+def test_tokens_are_made_ahead_of_a_run(capsys, small_tokenizer, tmp_path):
+    text = small_tokenizer.parent / "text.txt"
+    options = [f"data.sources.0.path={text}", f"data.heldout.0.path={text}", f"data.tokenizer={small_tokenizer}"]
+    assert main(["tokenize", CONFIG, *options, f"data.cache_dir={tmp_path}/tokens"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and all(line.startswith(f"{text}: 1 documents, ") for line in said)
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    assert "name the folder" in sentence(capsys, "tokenize", CONFIG, *options, "data.cache_dir=")
+    assert "is 261" in sentence(capsys, "tokenize", CONFIG, *options, "model.vocab_size=261")
 
 
 def test_what_is_no_checkpoint_cannot_be_inspected(capsys, tmp_path):

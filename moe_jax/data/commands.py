@@ -1,9 +1,9 @@
-"""What the command line does with data: train a tokenizer, and show a packed row to a person."""
+"""What the command line does with data: train a tokenizer, tokenise, and show a packed row to a person."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -11,9 +11,11 @@ import numpy as np
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data.pipeline import make_train_iterator
 from moe_jax.data.sources import document_text, iter_documents
+from moe_jax.data.tokenized import put_tokens
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import AnyPath, location
+from moe_jax.progress import Progress
 
 _TRAINED, _SEEN, _OFF = "\033[32m", "\033[2m", "\033[0m"
 
@@ -29,10 +31,27 @@ def build_tokenizer(
         raise UserError(f"data.tokenizer is {str(output)!r}; name a file, such as data/tokenizer.json")
     if location(output).exists() and not overwrite:
         raise UserError(f"{output} exists, and checkpoints may depend on it; name another file or add --overwrite")
-    texts = (document_text(d) for source in sources for d in iter_documents(source, max_bytes))
+    texts = (
+        document_text(document)
+        for source in sources
+        for document in iter_documents(source, max_bytes, progress=Progress(f"reading {source.path}"))
+    )
     tokenizer = Tokenizer.train(texts, vocab_size)
     tokenizer.save(output)
     return tokenizer
+
+
+def tokenize(config: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    """Put the tokens of all sources, held-out ones too, into `config.cache_dir`; a line for each.
+
+    A run that is given the same options finds them there. Raises UserError where there is no cache.
+    """
+    if not config.cache_dir:
+        raise UserError("data.cache_dir is empty; name the folder, local or gs://, that the run will be given")
+    for source in (*config.sources, *config.heldout):
+        found = put_tokens(source, tokenizer, config.max_bytes, config.cache_dir)
+        what = f"{len(found):,} documents, {len(found.tokens):,} tokens" if found else "all there"
+        yield f"{source.path}: {what} in {config.cache_dir}"
 
 
 def inspect_batch(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,15 +90,23 @@ def _list_bucket(path: str) -> list[SourceFile]:
 
 
 def iter_documents(
-    source: SourceConfig, max_bytes: int = 0, manifest: Manifest | None = None
+    source: SourceConfig,
+    max_bytes: int = 0,
+    manifest: Manifest | None = None,
+    progress: Callable[[float, float], None] = lambda done, total: None,
 ) -> Iterator[Document]:
     """Documents of one source in file order, each of the source's kind; stops once `max_bytes` are reached.
 
-    Texts of nothing but white space are left out. `manifest` is filled with the files as they are opened. Raises
-    UserError for unreadable input, for a document of the other kind, and for a source without documents.
+    Texts of nothing but white space are left out. `manifest` is filled with the files as they are opened, and
+    `progress` is told how many bytes of the files are read, of how many.
+
+    Raises:
+        UserError: unreadable input, a document of the other kind, or a source without documents.
     """
     total = count = 0
-    for name, document in _all_documents(source.path, {} if manifest is None else manifest):
+    files = source_files(source.path)
+    size = 0 if source.path in _STDLIB else sum(file.size for file in files)
+    for name, document, read in _all_documents(source.path, files, {} if manifest is None else manifest):
         kind = "text" if isinstance(document, str) else "chat"
         if kind != source.kind:
             raise UserError(f"{name} holds a {kind} where the source says {source.kind}; set its kind to {kind}")
@@ -107,6 +115,8 @@ def iter_documents(
             continue
         yield document
         count, total = count + 1, total + len(text.encode())
+        if size:
+            progress(*((min(total, max_bytes), max_bytes) if 0 < max_bytes < size else (read, size)))
         if max_bytes and total >= max_bytes:
             return
     if not count:
@@ -118,20 +128,24 @@ def document_text(document: Document) -> str:
     return document if isinstance(document, str) else "\n".join(m["content"] for m in document)
 
 
-def _all_documents(path: str, manifest: Manifest) -> Iterator[tuple[str, Document]]:
+def _all_documents(path: str, files: list[SourceFile], manifest: Manifest) -> Iterator[tuple[str, Document, float]]:
+    """(its place, the document, bytes of the files read so far) of each."""
     if path in _STDLIB:
         read, heldout = _STDLIB[path]
         manifest[path] = corpus.stdlib_digest(heldout)
-        yield from ((path, document) for document in read(heldout))
+        yield from ((path, document, 0.0) for document in read(heldout))
         return
-    for source in source_files(path):
+    before = 0
+    for source in files:
         try:
             with _on_disk(source.path) as file:
                 with file.open("rb") as content:
                     manifest[source.path] = [source.size, hashlib.file_digest(content, "sha256").hexdigest()]
-                yield from _READERS[file.suffix](source.path, file)
+                for place, document, share in _READERS[file.suffix](source.path, file):
+                    yield place, document, before + share * source.size
         except OSError as error:
             raise UserError(f"cannot read {source.path}: {error.strerror or error}; check it") from None
+        before += source.size
 
 
 @contextlib.contextmanager
@@ -180,11 +194,16 @@ def _sound(name: str, text: str) -> str:
     return text
 
 
-def _read_txt(name: str, file: Path) -> Iterator[tuple[str, Document]]:
-    yield name, _text(name, file.read_bytes())
+# A reader gives each document with its place, for errors, and the share of the file that was read by then.
+_Read = Iterator[tuple[str, Document, float]]
 
 
-def _read_jsonl(name: str, file: Path) -> Iterator[tuple[str, Document]]:
+def _read_txt(name: str, file: Path) -> _Read:
+    yield name, _text(name, file.read_bytes()), 1.0
+
+
+def _read_jsonl(name: str, file: Path) -> _Read:
+    size = file.stat().st_size
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             place = f"{name} line {number}"
@@ -195,10 +214,10 @@ def _read_jsonl(name: str, file: Path) -> Iterator[tuple[str, Document]]:
             except (ValueError, RecursionError) as error:  # numbers of 4,300 digits, too
                 reason = getattr(error, "msg", None) or error
                 raise UserError(f"{place} is not JSON ({reason}); write one object a line") from None
-            yield place, _document(place, record)
+            yield place, _document(place, record), lines.tell() / size
 
 
-def _read_parquet(name: str, file: Path) -> Iterator[tuple[str, Document]]:
+def _read_parquet(name: str, file: Path) -> _Read:
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -208,17 +227,17 @@ def _read_parquet(name: str, file: Path) -> Iterator[tuple[str, Document]]:
         if not columns:
             names = ", ".join(table.schema_arrow.names)
             raise UserError(f"{name} has columns {names}; name one 'text' or 'messages'")
-        row = 0
+        row, rows = 0, table.metadata.num_rows
         for batch in table.iter_batches(batch_size=1024, columns=columns):
             for record in batch.to_pylist():
                 row += 1
-                yield f"{name} row {row}", _document(f"{name} row {row}", record)
+                yield f"{name} row {row}", _document(f"{name} row {row}", record), row / rows
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{name} is not a sound Parquet file ({reason}); write it again") from None
 
 
-def _read_array_record(name: str, file: Path) -> Iterator[tuple[str, Document]]:
+def _read_array_record(name: str, file: Path) -> _Read:
     """Records are JSON objects as in `.jsonl`, or else plain UTF-8 text."""
     from array_record.python.array_record_module import ArrayRecordReader
 
@@ -227,7 +246,8 @@ def _read_array_record(name: str, file: Path) -> Iterator[tuple[str, Document]]:
     try:
         if not reader.ok():
             raise unsound
-        for index in range(reader.num_records()):
+        records = reader.num_records()
+        for index in range(records):
             place = f"{name} record {index}"
             try:
                 raw = reader.read()
@@ -238,7 +258,7 @@ def _read_array_record(name: str, file: Path) -> Iterator[tuple[str, Document]]:
                 record = json.loads(text) if text.lstrip().startswith("{") else None
             except (ValueError, RecursionError):
                 record = None
-            yield place, text if record is None else _document(place, record)
+            yield place, text if record is None else _document(place, record), (index + 1) / records
     finally:
         if reader.ok():  # close() of a reader that failed raises an error of its own
             reader.close()

@@ -1,4 +1,4 @@
-"""Token ids of a whole source, on disk: made once, memory-mapped ever after.
+"""Token ids of a whole source, on disk or in a bucket: made once, memory-mapped ever after.
 
 The folder's name is a hash of what it follows from (files, kind, size limit, tokenizer, the code that reads), so it
 is never stale; its `fingerprint` is a hash of the ids themselves, by which a resumed run knows its data again, and
@@ -8,6 +8,7 @@ its `files` say which file changed where it does not.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,24 +16,30 @@ import os
 import shutil
 import tempfile
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from moe_jax.config import SourceConfig
+from moe_jax.data import token_store
 from moe_jax.data.chat import render_ids
 from moe_jax.data.sources import Document, Manifest, document_text, iter_documents, source_files
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import is_remote, location
+from moe_jax.progress import Progress
+
+T = TypeVar("T")
 
 _PART = 1 << 18  # characters; longer texts are encoded in parts cut at a line's end
-_CHUNK = 64  # parts encoded at one time: enough for all cores, and memory stays small
+_CHUNK = 4 * max(16, os.cpu_count() or 1)  # parts encoded at one time: enough for all cores, and memory stays small
 
 
 @dataclass(frozen=True)
@@ -54,22 +61,57 @@ class TokenizedSource:
 def tokenize_source(
     source: SourceConfig, tokenizer: Tokenizer, max_bytes: int = 0, cache_dir: str = ""
 ) -> TokenizedSource:
-    """Ids of a source, from the cache where it has them. Text documents are BOS, text, end-of-text."""
-    if not cache_dir:
-        with tempfile.TemporaryDirectory() as folder:
-            _write(Path(folder), source, tokenizer, max_bytes)
-            return _read(Path(folder))  # the mapped files outlive their names
-    if is_remote(cache_dir):  # its files are mapped into memory
-        raise UserError(f"data.cache_dir is {cache_dir}; name a local folder, or leave it empty")
-    folder = Path(location(cache_dir)) / _key(source, tokenizer, max_bytes)
-    if not folder.exists():
-        try:
-            _write_alone(folder, source, tokenizer, max_bytes)
-        except OSError as error:
+    """Ids of a source, from the cache where it has them. Text documents are BOS, text, end-of-text.
+
+    To a cache in a bucket nothing is added, as every host of a run would do the same hours of work: UserError where
+    it has no tokens of the source; `put_tokens` puts them there.
+    """
+    if cache_dir and not is_remote(cache_dir):
+        folder = Path(location(cache_dir)) / _key(source, tokenizer, max_bytes)
+        if not folder.exists():
+            try:
+                _write_alone(folder, source, tokenizer, max_bytes)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write tokens to {folder}: {error.strerror}; set data.cache_dir to a folder with room"
+                ) from None
+        return _read(folder)
+    with _scratch() as folder:
+        if not cache_dir:
+            _write(folder, source, tokenizer, max_bytes)
+        elif not token_store.fetch(location(cache_dir) / _key(source, tokenizer, max_bytes), folder):
             raise UserError(
-                f"cannot write tokens to {folder}: {error.strerror}; set data.cache_dir to a folder with room"
-            ) from None
-    return _read(folder)
+                f"{cache_dir} has no tokens of {source.path} as it is now by this tokenizer and code; put them "
+                "there with 'python -m moe_jax tokenize CONFIG' and the same options"
+            )
+        return _read(folder)
+
+
+def put_tokens(
+    source: SourceConfig, tokenizer: Tokenizer, max_bytes: int, cache_dir: str
+) -> TokenizedSource | None:
+    """See to it that `cache_dir`, which may be in a bucket, has a source's ids; None where a bucket had them."""
+    if not is_remote(cache_dir):
+        return tokenize_source(source, tokenizer, max_bytes, cache_dir)
+    store = location(cache_dir) / _key(source, tokenizer, max_bytes)
+    if token_store.is_complete(store):
+        return None
+    with _scratch() as folder:
+        _write(folder, source, tokenizer, max_bytes)
+        token_store.send(folder, store)
+        return _read(folder)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for as long as the block runs; what was mapped into memory outlives its name."""
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            yield Path(name)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(f"{name} has no room for tokens; set TMPDIR to a folder that has") from None
 
 
 def _write_alone(folder: Path, *what: Any) -> None:
@@ -127,14 +169,29 @@ def _encoded_texts(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.nd
     parts = ((number, part) for number, text in enumerate(texts) for part in _parts(text))
 
     def encoded() -> Iterator[tuple[int, np.ndarray]]:
-        while chunk := list(islice(parts, _CHUNK)):
-            batch = tokenizer.encode_batch([part for _, part in chunk])
-            for (number, _), ids in zip(chunk, batch, strict=True):
-                yield number, np.array(ids, np.int32)
+        chunks = iter(lambda: list(islice(parts, _CHUNK)), [])
+        with ThreadPoolExecutor(
+            1
+        ) as pool:  # all cores encode a chunk while this one reads and writes its neighbours
+            running = (
+                (chunk, pool.submit(tokenizer.encode_batch, [part for _, part in chunk])) for chunk in chunks
+            )
+            for chunk, batch in _one_ahead(running):
+                for (number, _), ids in zip(chunk, batch.result(), strict=True):
+                    yield number, np.array(ids, np.int32)
 
     for _, group in groupby(encoded(), key=itemgetter(0)):
         ids = [part for _, part in group]
         yield np.concatenate([[tokenizer.bos], *ids, [tokenizer.end]]).astype(np.int32)
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each given once the next one was taken."""
+    held = deque(islice(items, 1))
+    for item in items:
+        held.append(item)
+        yield held.popleft()
+    yield from held
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -153,7 +210,7 @@ def _write(folder: Path, source: SourceConfig, tokenizer: Tokenizer, max_bytes: 
 
         def counted() -> Iterator[Document]:
             nonlocal num_bytes
-            for document in iter_documents(source, max_bytes, files):
+            for document in iter_documents(source, max_bytes, files, Progress(f"tokenising {source.path}", 10.0)):
                 num_bytes += len(document_text(document).encode())
                 yield document
 

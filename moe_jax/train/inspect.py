@@ -6,7 +6,6 @@ Every file is read against its checksum first; a checkpoint that is damaged is r
 from __future__ import annotations
 
 import math
-import sys
 import time
 from typing import Any
 
@@ -16,7 +15,7 @@ from moe_jax.config import RunConfig
 from moe_jax.errors import UserError
 from moe_jax.files import AnyPath, location
 from moe_jax.overrides import differences
-from moe_jax.progress import file_size, time_left
+from moe_jax.progress import Progress, file_size
 from moe_jax.train.catalogue import checkpoint_path, complete_records, health, record_of
 from moe_jax.train.checkpoint import config_of, verify
 from moe_jax.train.checksums import FILE
@@ -34,7 +33,7 @@ def inspect(path: AnyPath) -> dict[str, Any]:
         UserError: there is no checkpoint, or it is foreign, or damaged (the file is named).
     """
     path = _checkpoint(location(path))
-    verify(path, progress=_Progress(f"reading {path}"))
+    verify(path, progress=Progress(f"reading {path}"))
     metadata, shapes = describe(path)
     record, run_dir = record_of(path), path.parent.parent
     trees = {
@@ -108,19 +107,3 @@ def _options(found: dict[str, Any]) -> list[str]:
     except UserError as error:
         return [f"  {error}"]
     return [f"  {name}={value}" for name, (_, value) in differences(RunConfig(), cfg).items()]
-
-
-class _Progress:
-    """A line on standard error every few seconds; none for what is done at once."""
-
-    def __init__(self, what: str, every: float = 3.0) -> None:
-        self._what, self._every, self._begin = what, every, time.monotonic()
-        self._said = self._begin
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._said < self._every:
-            return
-        self._said, left = now, (now - self._begin) * (total - done) / max(done, 1)
-        text = f"{self._what}: {done / total:.0%} of {file_size(total)}, {time_left(left)}"
-        print(text, file=sys.stderr, flush=True)

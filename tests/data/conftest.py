@@ -10,6 +10,7 @@ import pytest
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data.tokenizer import Tokenizer
 from tests.data.helpers import sentence
+from tests.object_store import bucket  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax.config import SourceConfig
-from moe_jax.data.sources import iter_documents
+from moe_jax.data.sources import iter_documents, source_files
 from moe_jax.errors import UserError
 from tests.data.helpers import write, write_records
 
@@ -27,6 +27,24 @@ def test_a_source_ends_with_the_document_that_reaches_its_bytes(tmp_path, max_by
     texts = ["aaaa", "bbbb", "cccc"]
     path = write(tmp_path, "jsonl", "text", texts)
     assert list(iter_documents(SourceConfig(path), max_bytes)) == texts[:count]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "array_record"])
+def test_what_was_read_of_a_source_goes_up_to_the_whole_of_its_files(tmp_path, kind):
+    for number in ("1", "2"):
+        (tmp_path / number).mkdir()
+        path = Path(write(tmp_path / number, kind, "text", TEXTS))
+    pattern = str(tmp_path / "*" / path.name)
+    whole = sum(file.size for file in source_files(pattern))
+    told: list[tuple[float, float]] = []
+    list(iter_documents(SourceConfig(pattern), progress=lambda read, size: told.append((read, size))))
+    done = [read for read, _ in told]
+    assert done == sorted(set(done)) and 0 < done[0] < whole / 2 and done[-1] == whole
+    assert {total for _, total in told} == {whole} and len(told) == 2 * len(TEXTS)
+
+    told.clear()
+    list(iter_documents(SourceConfig(pattern), 5, progress=lambda read, size: told.append((read, size))))
+    assert told[-1] == (5, 5)  # as much as was asked for
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "array_record"])
