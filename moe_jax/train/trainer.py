@@ -73,7 +73,9 @@ def fit(
     tokenizer = Tokenizer.load(cfg.data.tokenizer)
     tokenizer.require(cfg.model.vocab_size)
     mesh = make_mesh(cfg.mesh, devices)
-    check_divisible(cfg, mesh)  # before hours of reading
+    check_divisible(cfg, mesh)  # before hours of reading, as what follows
+    if cfg.init_from and not complete_records(run_dir):
+        final_checkpoint(cfg.init_from)
     index, count = share_of_batch(mesh)
     with goodput.spent("data"):
         data = make_train_iterator(cfg.data, tokenizer, process_index=index, process_count=count)

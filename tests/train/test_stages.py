@@ -45,11 +45,20 @@ def test_a_stage_that_computes_something_else_with_its_start_says_so(tiny, finis
     assert f"starting from {finished} as another model: " in said and "num_experts_per_tok was 2, is 1" in said
 
 
-def test_an_unfinished_stage_is_no_start(tiny, finished, tmp_path):
+def test_an_unfinished_stage_is_no_start_as_is_told_before_any_text_is_read(tiny, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "make_train_iterator", None)
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints/12")
     with pytest.raises(UserError, match="stopped at step 8 and has no final checkpoint; finish it"):
         tiny.fit(tmp_path / "next", f"init_from={run}")
+    assert not (tmp_path / "next").exists()
+
+
+def test_a_started_stage_needs_its_start_no_more(tiny, finished, tmp_path, monkeypatch):
+    with pytest.raises(Preempted):
+        stopped_after(monkeypatch, 2, lambda: tiny.fit(tmp_path / "next", f"init_from={finished}"))
+    tiny.fit(tmp_path / "next", "init_from=gone", "steps=4")
+    assert complete_steps(tmp_path / "next")[-1] == 4
 
 
 def test_a_run_ended_early_is_finished_and_one_extended_is_not(tiny, finished, tmp_path, monkeypatch):
