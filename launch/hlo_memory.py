@@ -93,7 +93,7 @@ def _read_by_users(name: str, fused: Computation, module: Module) -> int:
             continue
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
             total += user.out[0].padded_bytes
-        elif user.opcode == "bitcast":
+        elif _is_view(user):
             total += _read_by_users(user.name, fused, module)
         elif user.opcode == "fusion":
             total += _read(user.operands.index(name), module.called(user), module)
@@ -106,13 +106,20 @@ def _read_by_users(name: str, fused: Computation, module: Module) -> int:
     return total
 
 
+def _is_view(inner: Instruction) -> bool:
+    """Whether an instruction in a fusion stands for its operand; on tpu7x copies to other tiles do, if aliased."""
+    return inner.opcode == "bitcast" or (
+        inner.opcode == "fusion" and "output_to_operand_aliasing={{}: (0, {})}" in inner.attributes
+    )
+
+
 def _written(result: Instruction, fused: Computation, module: Module) -> list[int]:
     """Bytes that a fusion writes of each of its results: only the slice where it updates one in place."""
     if result.opcode == "tuple":
         return [n for name in result.operands for n in _written(fused[name], fused, module)]
     if result.opcode == "dynamic-update-slice":
         return [fused[result.operands[1]].out[0].padded_bytes]
-    if result.opcode == "bitcast":
+    if _is_view(result):
         return _written(fused[result.operands[0]], fused, module)
     if result.opcode == "fusion":
         inner = module.called(result)

@@ -40,6 +40,32 @@ ROOT %f = f32[64,8,128]{2,1,0:T(8,128)} fusion(%a, %i, %b), kind=kLoop, calls=%f
     assert read_program(step(body.replace("SPACE", "S(1)"), fused)).hbm_bytes == 4 * KiB
 
 
+def test_a_copy_to_other_tiles_inside_a_fusion_moves_nothing_by_itself():
+    copies = """
+%copied (p: bf16[64,16,128]) -> bf16[64,16,128] {
+  %p = bf16[64,16,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %c = bf16[64,16,128]{2,1,0:T(8,128)(2,1)} copy(%p)
+}
+%fused (p0: bf16[64,16,128], p1: s32[], p2: bf16[64,16,128]) -> bf16[64,16,128] {
+  %p0 = bf16[64,16,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %p2 = bf16[64,16,128]{2,1,0:T(16,128)(2,1)} parameter(2)
+  %r0 = bf16[64,16,128]{2,1,0:T(8,128)(2,1)} fusion(%p0), kind=kLoop, ALIAS calls=%copied
+  %r2 = bf16[64,16,128]{2,1,0:T(8,128)(2,1)} fusion(%p2), kind=kLoop, ALIAS calls=%copied
+  %s = bf16[1,16,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%r2, %p1, %zero, %zero), dynamic_slice_sizes={1,16,128}
+  %u = bf16[64,16,128]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%r0, %s, %p1, %zero, %zero)
+  ROOT %r = bf16[64,16,128]{2,1,0:T(16,128)(2,1)} fusion(%u), kind=kLoop, ALIAS calls=%copied
+}"""
+    body = """%a = bf16[64,16,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+%b = bf16[64,16,128]{2,1,0:T(16,128)(2,1)} parameter(1)
+%i = s32[]{:S(6)} parameter(2)
+ROOT %f = bf16[64,16,128]{2,1,0:T(16,128)(2,1)} fusion(%a, %i, %b), kind=kLoop, calls=%fused"""
+    in_place = copies.replace("ALIAS", "output_to_operand_aliasing={{}: (0, {})},")
+    assert read_program(step(body, in_place)).hbm_bytes == 2 * 4 * KiB
+    assert read_program(step(body, copies.replace("ALIAS", ""))).hbm_bytes > 64 * 4 * KiB
+
+
 def test_a_slice_on_its_way_to_vmem_is_read_once():
     body = """%a = f32[64,128]{1,0:T(8,128)} parameter(0)
 %s = ((f32[64,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]) slice-start(%a), slice={[0:8], [0:128]}
