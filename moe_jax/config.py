@@ -336,7 +336,7 @@ class RunConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     steps: int = 1000
     gradient_accumulation: int = 1  # microbatches per optimizer step
-    compute_dtype: str = "bfloat16"  # or float32; parameters, router, norms and loss stay float32
+    compute_dtype: str = "bfloat16"  # or float32, slow on TPUs; parameters, router, norms and loss stay float32
     loss_chunk: int = 2048  # tokens whose logits exist at one time, per device
     remat: str = "full"  # what the backward pass recomputes: nothing, full, save_attention or save_dispatch
     seed: int = 0

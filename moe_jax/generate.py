@@ -86,17 +86,19 @@ def _extend(
     offsets = jnp.broadcast_to(jnp.arange(ids_BS.shape[1]), ids_BS.shape)
     # Segment 0 marks the padding, whose keys later tokens overwrite before they could be seen.
     tokens = Tokens(start + offsets, (offsets < count).astype(jnp.int32))
-    hidden, _, written = model(ids_BS, tokens, compute, cache=cache)
-    assert written is not None  # a cache that went in comes out
-    last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
-    return model.logits(last, compute), written
+    with compute.products():
+        hidden, _, written = model(ids_BS, tokens, compute, cache=cache)
+        assert written is not None  # a cache that went in comes out
+        last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
+        return model.logits(last, compute), written
 
 
 @partial(jax.jit, static_argnums=1)
 def _uncached(model: Transformer, compute: Compute, ids_BS: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(ids_BS.shape[1]), ids_BS.shape)
-    hidden, _, _ = model(ids_BS, Tokens(positions, jnp.ones_like(ids_BS)), compute)
-    return model.logits(hidden, compute)
+    with compute.products():
+        hidden, _, _ = model(ids_BS, Tokens(positions, jnp.ones_like(ids_BS)), compute)
+        return model.logits(hidden, compute)
 
 
 @partial(jax.jit, static_argnums=(2, 3))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
 from functools import partial
 from typing import Any
@@ -65,15 +65,22 @@ def fresh_state(cfg: RunConfig, mesh: Mesh) -> TrainState:
     return quick(partial(init_state, cfg, mesh))()
 
 
-def occurrences(jaxpr: Any, primitive: str) -> int:
-    """How often a primitive stands in a program, in the bodies of its loops and calls too."""
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a program, those in the bodies of its loops, calls and kernels too."""
 
     def is_jaxpr(value):
         return hasattr(getattr(value, "jaxpr", value), "eqns")
 
-    inner = jax.tree.leaves([list(eqn.params.values()) for eqn in jaxpr.eqns], is_leaf=is_jaxpr)
-    here = sum(eqn.primitive.name == primitive for eqn in jaxpr.eqns)
-    return here + sum(occurrences(getattr(j, "jaxpr", j), primitive) for j in inner if is_jaxpr(j))
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                yield from equations(getattr(value, "jaxpr", value))
+
+
+def occurrences(jaxpr: Any, primitive: str) -> int:
+    """How often a primitive stands in a program."""
+    return sum(eqn.primitive.name == primitive for eqn in equations(jaxpr))
 
 
 def batch(rows: int = 8, length: int = 16, seed: int = 0, vocab: int = 96) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ INT4 groups run along) is read by sharding, QAT coverage, parameter counts and e
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import jax
@@ -31,6 +32,10 @@ class Compute:
     mesh: Mesh
     dtype: jnp.dtype = jnp.float32
     quant: QuantConfig | None = None
+
+    def products(self) -> AbstractContextManager:
+        """What to trace products and their gradients in: a TPU takes 8 bits of float32 unless told otherwise."""
+        return jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else nullcontext()
 
     def cut(self, param: nnx.Variable) -> jax.Array:
         """A master weight as a product sees it, fake-quantised along its input and cast; still cut over fsdp."""

@@ -16,7 +16,7 @@ from jax._src import distributed  # the client has no public name
 
 from moe_jax.outages import passes
 
-_MINUTES = 30  # a dead process is noticed long before, by its missing heartbeat
+_MINUTES = 30.0  # a dead process is noticed long before, by its missing heartbeat
 
 _rounds: defaultdict[str, Any] = defaultdict(itertools.count)
 
@@ -29,10 +29,11 @@ class Elsewhere(Exception):
         self.passes = passes
 
 
-def together(name: str, work: Callable[[], Any]) -> list[Any]:
+def together(name: str, work: Callable[[], Any], minutes: float = _MINUTES) -> list[Any]:
     """Do `work` in every process at once; the results of all, by process, which must be JSON.
 
-    Every process calls it with the same names in the same order, each name from one thread.
+    The first to be done waits for the last, at most so many minutes. Every process calls it with the same names in
+    the same order, each name from one thread.
 
     Raises:
         Elsewhere: the work failed in another process; what failed in this one is raised as it is.
@@ -49,7 +50,7 @@ def together(name: str, work: Callable[[], Any]) -> list[Any]:
     mine, folder = str(jax.process_index()), f"moe_jax/{name}"
     reason = None if failure is None else str(failure) or type(failure).__name__
     client.key_value_set(f"{folder}/{number}/{mine}", json.dumps([reason, passes(failure), result]))
-    client.wait_at_barrier(f"{folder}/{number}", _MINUTES * 60_000)
+    client.wait_at_barrier(f"{folder}/{number}", int(minutes * 60_000))
     found = {int(k.rpartition("/")[2]): json.loads(v) for k, v in client.key_value_dir_get(f"{folder}/{number}/")}
     if number:  # all are past it, or they would not have come here
         client.key_value_delete(f"{folder}/{number - 1}/{mine}")

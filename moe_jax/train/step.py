@@ -67,6 +67,10 @@ def make_loss_and_grads(cfg: RunConfig, mesh: Mesh) -> Callable[[dict, dict, Bat
         return loss, parts
 
     def loss_and_grads(params, biases, batch):
+        with compute_for(cfg, mesh).products():
+            return summed(params, biases, batch)
+
+    def summed(params, biases, batch):
         tokens = jnp.maximum(batch["loss_mask"].sum(), 1.0)
         real = jnp.maximum((batch["segment_ids"] > 0).sum(), 1)
         value_and_grad = jax.value_and_grad(objective, has_aux=True)
@@ -131,6 +135,7 @@ def make_eval_step(cfg: RunConfig, mesh: Mesh) -> Callable[[dict, dict, Batch], 
     """A jitted function of (params, biases, batch) -> (sum of nats, number of loss-bearing tokens)."""
 
     def evaluate(params: dict, biases: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return _forward(cfg, mesh, params, biases, batch).nll, batch["loss_mask"].sum()
+        with compute_for(cfg, mesh).products():
+            return _forward(cfg, mesh, params, biases, batch).nll, batch["loss_mask"].sum()
 
     return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -45,7 +45,8 @@ from moe_jax.train.watch import StopRequest, Watchdog
 
 # What a process asks of all, by a vote that travels with a step; the highest counts.
 _SAVE, _STOP = 1, 2
-_SLOW_MINUTES = 30.0  # that a compilation or a restore may take
+_SLOW_MINUTES = 30.0  # that a compilation, a save or a restore may take
+_READING_MINUTES = 7 * 24 * 60.0  # from the first host that has its tokens to the last, whose disk is new
 _PATHS = (".path", "data.tokenizer", "data.cache_dir", "init_from")  # may differ, not what they lead to
 
 
@@ -114,7 +115,7 @@ def _tell(text: str) -> None:
 
 def _require_same_everywhere(cfg: RunConfig, **fingerprints: Any) -> None:
     """UserError where a process would train on something else: each has its own command line and files."""
-    first, *others = together("inputs", lambda: fingerprints | {"config": to_dict(cfg)})
+    first, *others = together("inputs", lambda: fingerprints | {"config": to_dict(cfg)}, _READING_MINUTES)
     for index, found in enumerate(others, 1):
         names = [name for name in fingerprints if found[name] != first[name]]
         options = differences(from_dict(RunConfig, first["config"]), from_dict(RunConfig, found["config"]))
@@ -193,8 +194,7 @@ class _Trainer:
             if bad is None:
                 break
             step = self._go_back(bad)
-        with self.goodput.spent("save"):
-            self.checkpoints.wait()
+        self._wait_for_save(self.cfg.steps)
         self._tell_completed()
         self._tell_goodput(self.cfg.steps)
         self.history.event("end", self.cfg.steps)
@@ -329,6 +329,7 @@ class _Trainer:
             heldout = self._heldout_loss(step)
             if heldout is not None:
                 metrics.heldout(step, heldout)
+            self.dog.beat(step, "saving", _SLOW_MINUTES)  # it waits for the save before
             stored = {
                 "config": to_dict(self.cfg),
                 "data": self.data.get_state(),
@@ -346,6 +347,11 @@ class _Trainer:
         self._tell_goodput(step)
         if wait:
             self.history.event("preempted", step, signal=self.stop.name)
+
+    def _wait_for_save(self, step: int) -> None:
+        self.dog.beat(step, "saving", _SLOW_MINUTES)
+        with self.goodput.spent("save"):
+            self.checkpoints.wait()
 
     def _tell_completed(self) -> None:
         while self.checkpoints.completed:
@@ -372,8 +378,7 @@ class _Trainer:
         self.history.event(
             "bad_step", bad.step, quantity=bad.quantity, value=str(bad.value), batch=bad.batch, action=action
         )
-        with self.goodput.spent("save"):
-            self.checkpoints.wait()
+        self._wait_for_save(bad.step)
         sentence = f"{bad.quantity} is {bad.value} at step {bad.step} on batch {bad.batch}"
         steps = complete_steps(self.run_dir)
         last = f"step {steps[-1]} stays the last checkpoint" if steps else "there is no checkpoint yet"

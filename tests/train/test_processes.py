@@ -19,7 +19,7 @@ import pytest
 from moe_jax.errors import MISTAKEN, PREEMPTED, UserError
 from moe_jax.files import read_lines
 from moe_jax.overrides import to_dict
-from moe_jax.train import trainer
+from moe_jax.train import agreement, trainer
 from moe_jax.train.checkpoint import complete_steps, load_parameters
 from moe_jax.train.metrics import read_metrics
 from moe_jax.train.trainer import fit
@@ -82,7 +82,7 @@ def test_processes_of_other_options_or_held_out_text_are_told_apart(tiny, monkey
     def differ(*others, text=("a",)):
         shares = [{"data": "1", "heldout": ["a"], "config": to_dict(tiny.cfg)}]
         shares += [{"data": "1", "heldout": list(text), "config": to_dict(tiny.variant(*others))}]
-        monkeypatch.setattr(trainer, "together", lambda name, work: shares)
+        monkeypatch.setattr(trainer, "together", lambda name, work, minutes: shares)
         trainer._require_same_everywhere(tiny.cfg, data="1", heldout=["a"])
 
     differ()
@@ -91,6 +91,26 @@ def test_processes_of_other_options_or_held_out_text_are_told_apart(tiny, monkey
         differ("optimizer.b1=0.5")
     with pytest.raises(UserError, match=r"in its heldout, steps; start"):
         differ("steps=7", text=("b",))
+
+
+def test_a_host_waits_days_for_one_that_still_reads_all_text(tiny, monkeypatch):
+    waited = {}
+
+    class Service:
+        def wait_at_barrier(self, name, milliseconds):
+            waited[name] = milliseconds / 3_600_000
+            raise TimeoutError
+
+        def key_value_set(self, *_):
+            pass
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(agreement.distributed.global_state, "client", Service())
+    with pytest.raises(TimeoutError):
+        trainer._require_same_everywhere(tiny.cfg)
+    with pytest.raises(TimeoutError):
+        agreement.together("other", lambda: None)
+    assert {name.split("/")[1]: hours for name, hours in waited.items()} == {"inputs": 168, "other": 0.5}
 
 
 def test_processes_that_read_different_text_do_not_start(tiny, tmp_path):

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import struct
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,10 +29,11 @@ from moe_jax.files import read_lines
 from moe_jax.parallel.mesh import single_device_mesh
 from moe_jax.train import evaluate as evaluation
 from moe_jax.train import heldout
-from moe_jax.train.checkpoint import checkpoint_path, complete_steps, describe
+from moe_jax.train.checkpoint import Checkpoints, checkpoint_path, complete_steps, describe
 from moe_jax.train.goodput import KINDS
 from moe_jax.train.metrics import Metrics, read_metrics
 from moe_jax.train.trainer import fit
+from moe_jax.train.watch import Watchdog
 from tests.train.conftest import VOCAB, write_corpus
 from tests.train.test_metrics import whole_records
 
@@ -128,6 +130,28 @@ def test_more_bad_batches_than_allowed_stop_the_run(tiny, tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"loss is nan at step 6 on batch 7; 2 batches were skipped before"):
         tiny.fit(tmp_path / "run", "guard.on_bad_step=skip", "guard.max_skipped=2")
     assert complete_steps(tmp_path / "run") == [4]
+
+
+def test_a_save_may_take_half_an_hour_before_it_counts_as_a_hang(tiny, tmp_path, monkeypatch):
+    allowed, last = [], {}
+    beat, wait = Watchdog.beat, Checkpoints.wait
+
+    def beating(self, step, doing="", at_least=0.0):
+        last["allowed"] = at_least
+        beat(self, step, doing, at_least)
+
+    def waiting(self):
+        if self._saver is not None and self._saver.is_alive():
+            allowed.append(last["allowed"])
+        wait(self)
+
+    monkeypatch.setattr(Watchdog, "beat", beating)
+    monkeypatch.setattr(Checkpoints, "wait", waiting)
+    slow = Checkpoints._finish
+    monkeypatch.setattr(Checkpoints, "_finish", lambda self, *what: (time.sleep(0.5), slow(self, *what)))
+    poisoned(monkeypatch, 5)
+    tiny.fit(tmp_path / "run", "guard.on_bad_step=skip", "checkpoint.every_steps=4", "steps=9")
+    assert len(allowed) >= 3 and set(allowed) == {30.0}  # by the next save, by going back and at the end
 
 
 def test_a_loss_spike_is_a_bad_step(tiny, tmp_path, monkeypatch):
