@@ -69,6 +69,21 @@ def source_files(path: str) -> list[SourceFile]:
     return files
 
 
+def contents(path: str) -> list[list]:
+    """[path, bytes, sha256 or generation] of each file behind a source, alike on all machines that have it."""
+    if path in _STDLIB:
+        return [[path, *corpus.stdlib_digest(_STDLIB[path][1])]]
+    return [
+        [file.path, file.size, file.version if is_remote(file.path) else _digest(Path(file.path))]
+        for file in source_files(path)
+    ]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def _stat(path: str) -> SourceFile:
     try:
         stat = os.stat(path)
@@ -139,8 +154,7 @@ def _all_documents(path: str, files: list[SourceFile], manifest: Manifest) -> It
     for source in files:
         try:
             with _on_disk(source.path) as file:
-                with file.open("rb") as content:
-                    manifest[source.path] = [source.size, hashlib.file_digest(content, "sha256").hexdigest()]
+                manifest[source.path] = [source.size, _digest(file)]
                 for place, document, share in _READERS[file.suffix](source.path, file):
                     yield place, document, before + share * source.size
         except OSError as error:

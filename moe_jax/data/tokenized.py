@@ -30,7 +30,7 @@ import numpy as np
 from moe_jax.config import SourceConfig
 from moe_jax.data import token_store
 from moe_jax.data.chat import render_ids
-from moe_jax.data.sources import Document, Manifest, document_text, iter_documents, source_files
+from moe_jax.data.sources import Document, Manifest, contents, document_text, iter_documents, source_files
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import is_remote, location
@@ -79,7 +79,7 @@ def tokenize_source(
     with _scratch() as folder:
         if not cache_dir:
             _write(folder, source, tokenizer, max_bytes)
-        elif not token_store.fetch(location(cache_dir) / _key(source, tokenizer, max_bytes), folder):
+        elif not token_store.fetch(location(cache_dir) / _key(source, tokenizer, max_bytes, shared=True), folder):
             raise UserError(
                 f"{cache_dir} has no tokens of {source.path} as it is now by this tokenizer and code; put them "
                 "there with 'python -m moe_jax tokenize CONFIG' and the same options"
@@ -93,7 +93,7 @@ def put_tokens(
     """See to it that `cache_dir`, which may be in a bucket, has a source's ids; None where a bucket had them."""
     if not is_remote(cache_dir):
         return tokenize_source(source, tokenizer, max_bytes, cache_dir)
-    store = location(cache_dir) / _key(source, tokenizer, max_bytes)
+    store = location(cache_dir) / _key(source, tokenizer, max_bytes, shared=True)
     if token_store.is_complete(store):
         return None
     with _scratch() as folder:
@@ -241,11 +241,12 @@ def _read(folder: Path) -> TokenizedSource:
     )
 
 
-def _key(source: SourceConfig, tokenizer: Tokenizer, max_bytes: int) -> str:
+def _key(source: SourceConfig, tokenizer: Tokenizer, max_bytes: int, shared: bool = False) -> str:
+    """A name for the tokens of a source; a cache that machines share must not ask when a file was written."""
     code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
     parts = {
         "source": asdict(source) | {"weight": None},
-        "files": [astuple(file) for file in source_files(source.path)],
+        "files": contents(source.path) if shared else [astuple(file) for file in source_files(source.path)],
         "max_bytes": max_bytes,
         "tokenizer": tokenizer.fingerprint,
         "code": hashlib.sha256(b"".join(code)).hexdigest(),

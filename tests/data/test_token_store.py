@@ -10,9 +10,11 @@ import os
 import numpy as np
 import pytest
 
-from moe_jax.data import token_store, tokenized
+from moe_jax.config import SourceConfig
+from moe_jax.data import sources, token_store, tokenized
 from moe_jax.data.commands import tokenize
-from moe_jax.data.pipeline import make_train_iterator
+from moe_jax.data.pipeline import heldout_rows, make_train_iterator
+from moe_jax.data.sources import SourceFile
 from moe_jax.data.tokenized import TokenizedSource, put_tokens, tokenize_source
 from moe_jax.errors import UserError
 from moe_jax.files import location, remote_filesystem, sizes_below, write_bytes
@@ -65,6 +67,18 @@ def test_a_run_takes_its_batches_from_the_tokens_in_a_bucket(config, tokenizer, 
     here, there = make_train_iterator(config, tokenizer), make_train_iterator(remote, tokenizer)
     assert same(take(here, 20), take(there, 20))
     assert make_train_iterator(config, tokenizer).set_state(there.get_state()) == []
+
+
+def test_another_machine_finds_the_tokens_of_text_that_it_has_a_copy_of(config, tokenizer, bucket, monkeypatch):
+    here = dataclasses.replace(config, heldout=(SourceConfig("stdlib:heldout"),), cache_dir=f"{bucket}/tokens")
+    here = dataclasses.replace(here, max_bytes=20_000)
+    list(tokenize(here, tokenizer))
+    for source in here.sources:
+        os.utime(source.path, (1e9, 1e9))
+    monkeypatch.setattr(sources, "_stat", lambda path: SourceFile(path, os.stat(path).st_size, "written later"))
+    monkeypatch.setattr(tokenized, "_write", None)
+    make_train_iterator(here, tokenizer)
+    assert heldout_rows(here, tokenizer)
 
 
 def test_tokens_of_a_text_that_changed_are_not_taken(text_source, tokenizer, bucket):
