@@ -95,7 +95,8 @@ def least_seconds(cfg: RunConfig, sizes: dict[str, int], kind: Slice) -> tuple[f
     moved = 28 * cut + count * 2 * (3 + again) * whole
     width = sum(_widths(cfg))
     moved += tokens * model.num_layers * 2 * _PASSES * (width + max(0.0, width - _kept(cfg)) / 3)
-    moved += tokens * model.num_layers * 2 * 2 * _kept(cfg)  # written, and read again
+    passes = 4 if cfg.remat == "nothing" else 2  # written and read again; what is not named is copied on both ways
+    moved += tokens * model.num_layers * 2 * passes * _kept(cfg)
     residual = 2 * model.d_model * model.num_layers * tokens
     sent = [
         ("all-gather", sizes["fsdp"], 1, 2 * whole * again * count),

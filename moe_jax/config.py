@@ -134,7 +134,7 @@ class ModelConfig:
     activation: str = "silu"  # or gelu_tanh
     qk_norm: bool = True  # weightless, per head
     norm_eps: float = 1e-5
-    init_scale: float = 0.02  # standard deviation of the truncated normal of every matrix
+    init_scale: float = 0.02  # deviation of the normal, cut at three of them, of every matrix
     rope: RopeConfig = field(default_factory=RopeConfig)
     moe: MoEConfig | None = field(default_factory=MoEConfig)
 

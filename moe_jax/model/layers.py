@@ -59,7 +59,7 @@ class Compute:
 def parameter(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], *, scale: float, quant_axis: int | None = None
 ) -> nnx.Param:
-    """A float32 weight, truncated normal of deviation `scale`; `axes` names each dimension for sharding.
+    """A float32 weight, normal of deviation `scale` cut at three of them; `axes` names each dimension for sharding.
 
     `quant_axis` (negative) is the input dimension, along which INT4 groups run; None keeps it in float.
     """
