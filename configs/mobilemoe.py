@@ -1,10 +1,12 @@
 """MobileMoE S, M and L, each in four stages. `steps` follows from each stage's budget of tokens.
 
-Published (paper, released checkpoints): shapes, the four stages, 6T and 500B tokens, INT4 in groups of 32 with
-INT8 activations. From reading notes of the paper, not checked against its text: learning rates and schedules, 126B
-and 21B tokens, capacity 1.5, balancing by 1e-3, z-loss 1e-4. This project's choice: batch, betas, weight decay,
-clipping, warm-up, where a cosine ends, initial scales, masking between documents, capacity in mid-training too,
-SFT's data for QAT. The paper mixes sources by domain; each stage here names one folder to put a mixture in.
+Published (paper, released checkpoints): shapes (of M and L the widths of experts and that every layer has them
+follow from the family's rules), the four stages, 6T and 500B tokens, INT4 in groups of 32 with INT8 activations.
+From reading notes of the paper, not checked against its text: learning rates and schedules, 126B and 21B tokens,
+capacity 1.5, balancing by 1e-3, z-loss 1e-4, and the points that a stage is expected to give. This project's
+choice: batch, betas, weight decay, clipping, warm-up, where a cosine ends, initial scales, masking between
+documents, the mean of the z-loss over layers, capacity in mid-training too, balancing in SFT and QAT too, SFT's
+data for QAT. The paper mixes sources by domain; each stage here names one folder to put a mixture in.
 
 A process tokenises the text before the first step, holds its tokens on disk (4 bytes each) and 28 bytes of memory
 for each document: docs/pods.md says how far that goes.
@@ -120,7 +122,7 @@ def mobilemoe_s_midtrain() -> RunConfig:
     """MobileMoE-S, stage 2 of 4: 500B tokens at 8192, linear decay from 4e-5.
 
     Run: python -m moe_jax train mobilemoe_s_midtrain --run runs/s/midtrain init_from=runs/s/pretrain
-    Expect: 5 to 10 points more MMLU than after stage 1 (paper).
+    Expect: 5 to 10 points more MMLU than after stage 1 (notes).
     """
     return _midtrain(SMALL)
 
@@ -129,7 +131,7 @@ def mobilemoe_s_sft() -> RunConfig:
     """MobileMoE-S, stage 3 of 4: conversations, dropless, cosine from 4e-6.
 
     Run: python -m moe_jax train mobilemoe_s_sft --run runs/s/sft init_from=runs/s/midtrain
-    Expect: GSM8K well above stage 2 (paper: 36 to 52 on one size).
+    Expect: GSM8K well above stage 2 (notes: 36 to 52 on one size).
     """
     return _sft(SMALL)
 

@@ -41,6 +41,7 @@ _OPTIONAL = (
 _NOT_OF_THE_MODEL = (
     "torch_dtype", "dtype", "transformers_version", "auto_map", "_name_or_path", "bos_token_id", "eos_token_id",
     "pad_token_id", "initializer_range", "use_cache", "attention_dropout", "for_llm_compressor",
+    "no_rope_layer_interval",  # of Llama 4, whose config this one follows: unused where no_rope_layers is given
 )  # fmt: skip
 
 _MOST_LAYERS = 10_000  # more is damage, of which a list as long would be made

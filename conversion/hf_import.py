@@ -99,7 +99,7 @@ def layout(config: ModelConfig, int4: bool) -> dict[str, tuple[Sequence[str], tu
         elif tensor.row.jax.endswith("router/kernel"):
             wanted[tensor.name] = (F32,) if int4 else (F32, BF16), tensor.shape
         else:
-            wanted[tensor.name] = (BF16,), tensor.shape
+            wanted[tensor.name] = (BF16,) if int4 else (BF16, F32), tensor.shape
     return wanted
 
 

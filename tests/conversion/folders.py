@@ -132,10 +132,13 @@ def share_buffer(raw: bytearray, tensor: Any, other: Any) -> None:
     raw[place : place + 4] = other.Buffer().to_bytes(4, "little")
 
 
-def write_published(folder: Path, config: ModelConfig, int4: bool, seed: int = 0, full: bool = False) -> Path:
+def write_published(
+    folder: Path, config: ModelConfig, int4: bool, seed: int = 0, full: bool = False, wide: bool = False
+) -> Path:
     """A folder as published: random BF16, or random codes of any kind with scales that bfloat16 does not hold.
 
     With `full`, codes and scales are such as rounding to the nearest makes: every group reaches the grid's end.
+    With `wide`, floats are F32 where they may be.
     """
     folder.mkdir(parents=True)
     tokenizer = tiny_tokenizer()
@@ -143,7 +146,10 @@ def write_published(folder: Path, config: ModelConfig, int4: bool, seed: int = 0
     content = (folder / "tokenizer.json").read_bytes()
     write_companions(folder, tokenizer, content, config.max_position_embeddings)
     write_json(folder / "config.json", hf_config(config, tokenizer, int4))
-    described = {name: (types[0], shape) for name, (types, shape) in layout(config, int4).items()}
+    described = {
+        name: (F32 if wide and F32 in types else types[0], shape)
+        for name, (types, shape) in layout(config, int4).items()
+    }
     rng = np.random.default_rng(seed)
 
     def arrays():

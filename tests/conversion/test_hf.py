@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 
 import jax
 import numpy as np
@@ -80,6 +81,16 @@ def test_bf16_goes_in_out_and_in_without_a_bit_changed(bf16, tmp_path):
     import_folder(tmp_path / "again", tmp_path / "run")
     once, twice = (load_parameters(folder)[1] for folder in (run, tmp_path / "run"))
     assert all(np.array_equal(once[path], twice[path]) for path in once)
+
+
+def test_float32_goes_in_as_it_is(tmp_path):
+    published = write_published(tmp_path / "published", TINY, int4=False, wide=True)
+    import_folder(published, tmp_path / "run")
+    found, wanted = load_parameters(tmp_path / "run")[1], as_published(published, int4=False)
+    for path, value in wanted.items():
+        assert value.dtype == np.float32 and np.array_equal(found[path], value), path
+    kinds = Counter(entry.dtype for entry in Folder(published).entries.values())
+    assert kinds.keys() == {"F32"}
 
 
 def test_int4_goes_in_out_and_in_without_a_bit_changed(int4, tmp_path):

@@ -137,6 +137,11 @@ def test_fields_that_nothing_reads_are_told(folder):
     assert (config, int4, unread) == (TINY, False, ["router_aux_loss_coef"])
 
 
+def test_a_field_of_llama_4_that_says_nothing_beside_another_is_passed_over(folder):
+    place = saying(folder(), "no_rope_layer_interval", 4)
+    assert read_config(place / "config.json") == (TINY, False, [])
+
+
 NAME = "model.layers.1.feed_forward.experts.down_"
 
 
