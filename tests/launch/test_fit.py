@@ -124,6 +124,7 @@ def test_weights_are_gathered_one_layer_at_a_time(once):
     gate_up = model.moe.num_experts * model.d_model * 2 * model.moe.expert_width
     assert model.num_layers == 2 and gate_up > model.vocab_size * model.d_model
     assert gate_up <= max(map(math.prod, gathered)) < 2 * gate_up
+    assert all(dims[0] != model.num_layers for dims in gathered), gathered
 
 
 def test_grouped_products_are_counted_as_visited(once):
