@@ -56,11 +56,7 @@ def loss_and_gradients(operands, quant=None):
 
 
 # Where activations are rounded to INT8, what differs in the last bit may round to another code.
-@pytest.mark.parametrize(
-    ("quant", "tolerance"),
-    [(None, 2e-5), (QuantConfig(), 1e-2)],
-    ids=["float", "quantised"],
-)
+@pytest.mark.parametrize(("quant", "tolerance"), [(None, 2e-5), (QuantConfig(), 1e-2)], ids=["float", "quantised"])
 def test_loss_and_every_gradient_equal_those_of_plain_jax(request, quant, tolerance):
     """Rows in tiles with holes between experts, rows that no kernel writes, tokens and heads cut."""
     made = operands()

@@ -27,7 +27,7 @@ from moe_jax.train.catalogue import checkpoint_path, remove
 from moe_jax.train.checkpoint import Checkpoints, complete_steps, final_checkpoint, health, load_parameters
 from moe_jax.train.checksums import Record, digest, file_sizes, read_record, write_record
 from moe_jax.train.evaluate import evaluate
-from moe_jax.train.state import TrainState, abstract_state, init_state
+from moe_jax.train.state import TrainState, abstract_state, init_state, state_shardings
 from tests.train.conftest import restore
 
 
@@ -84,6 +84,27 @@ def test_every_leaf_returns_bit_for_bit_and_the_donated_state_is_safe(tiny, stat
         np.testing.assert_array_equal(got, want)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert metadata["data"] == stored["data"]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_moments_kept_in_the_hosts_memory_or_not_go_on_either_way(tiny, state, tmp_path, saved):
+    mesh, variants = (
+        single_device_mesh(),
+        {kept: tiny.variant(f"optimizer.offload={kept}") for kept in (False, True)},
+    )
+    waves = jax.tree.map(
+        lambda leaf: (9 * jnp.sin(jnp.arange(leaf.size))).reshape(leaf.shape).astype(leaf.dtype), state.opt_state
+    )
+    filled = jax.device_put(replace(state, opt_state=waves), state_shardings(variants[saved], mesh))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(3, filled, {"config": to_dict(tiny.cfg), "data": {}})
+    checkpoints.wait()
+    for kept, cfg in variants.items():
+        restored, _ = restore(tmp_path, abstract_state(cfg, mesh))
+        for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(filled), strict=True):
+            np.testing.assert_array_equal(got, want)
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(restored.opt_state) if leaf.ndim}
+        assert kinds == {"pinned_host" if kept else "device"}
 
 
 def test_a_checkpoint_of_an_earlier_version_with_a_leaf_that_is_gone_is_read(tiny, state, tmp_path):
