@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from typing import Any
 
 import configs
-from launch.fit_compile import Compiled, compile_kept, compile_step, device_count, use_libtpu
+from launch.fit_compile import CACHE, Compiled, cache_path, check_mesh, compile_kept, device_count, say, use_libtpu
 from launch.slices import Slice, parse_slice
 from moe_jax.command_line import at_least
 from moe_jax.config import RunConfig
@@ -61,15 +60,23 @@ def fit(
     """
     from launch.fit_report import fit_record
 
-    compiled = compile_step(cfg, kind, slices)
+    compiled = _compiled(cfg, kind, slices)
     record = fit_record(name, cfg, kind, slices, compiled, stage_tokens, rows)
     bigger = _roomier(kind, record["devices"])
     if not record["fits"] and not record["largest"] and bigger is not None:
         where = f"{bigger.family}:{bigger.topology}"
-        print(f"# does not fit; compiling for {where} to see its largest buffers", file=sys.stderr, flush=True)
-        elsewhere = fit_record(name, cfg, bigger, 1, compile_step(cfg, bigger), stage_tokens, rows)
+        say(f"does not fit; compiling for {where} to see its largest buffers")
+        elsewhere = fit_record(name, cfg, bigger, 1, _compiled(cfg, bigger), stage_tokens, rows)
         record["largest"] = elsewhere["largest"]
     return record, compiled
+
+
+def _compiled(cfg: RunConfig, kind: Slice, slices: int = 1) -> Compiled:
+    """What is kept of this step, or else a child makes: the compiler would not hear a Ctrl-C."""
+    check_mesh(cfg, kind, slices)
+    if not cache_path(cfg, kind, slices).exists():
+        say(f"compiling for {kind.family}:{kind.topology}, which takes minutes; the result is kept in {CACHE}")
+    return compile_kept(cfg, kind, slices)
 
 
 def _roomier(kind: Slice, devices: int) -> Slice | None:

@@ -29,7 +29,7 @@ import configs
 from launch.slices import Slice, parse_slice
 from moe_jax.chips import chip_named
 from moe_jax.config import RunConfig
-from moe_jax.errors import UserError
+from moe_jax.errors import MISTAKEN, UserError
 from moe_jax.files import write_bytes
 from moe_jax.overrides import to_dict
 
@@ -103,6 +103,17 @@ def device_count(kind: Slice, slices: int) -> int:
     return slices * kind.chips * chip_named(kind.family).devices_per_chip
 
 
+def check_mesh(cfg: RunConfig, kind: Slice, slices: int) -> None:
+    """UserError where the mesh does not make up these devices, or cannot cut this run; nothing is compiled."""
+    from jax.sharding import AbstractMesh
+
+    from moe_jax.parallel.mesh import AXES, mesh_sizes
+    from moe_jax.parallel.rules import check_divisible
+
+    sizes = mesh_sizes(cfg.mesh, device_count(kind, slices))
+    check_divisible(cfg, AbstractMesh(tuple(sizes.values()), AXES))
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Holds back what libtpu writes of the host's missing TPUs, unless something fails."""
@@ -165,6 +176,11 @@ def compile_step(cfg: RunConfig, kind: Slice, slices: int = 1) -> Compiled:
     return Compiled(text, message, args, temp, sizes, seconds, versions(), time.strftime("%Y-%m-%d", time.gmtime()))
 
 
+def say(text: str) -> None:
+    """Progress, on standard error."""
+    print(f"# {text}", file=sys.stderr, flush=True)
+
+
 def versions() -> dict[str, str]:
     """The packages that decide what comes out of the compiler."""
     return {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
@@ -209,8 +225,8 @@ def compile_kept(cfg: RunConfig, kind: Slice, slices: int = 1) -> Compiled:
         )
     if path.exists():
         return _read(path)
-    said = child.stderr.strip().splitlines() or [""]
-    raise UserError(f"the compiler ended with status {child.returncode}: {said[-1].removeprefix('error: ')}")
+    said = (child.stderr.strip().splitlines() or [""])[-1].removeprefix("error: ")
+    raise UserError(said if child.returncode == MISTAKEN else f"the compiler ended with {child.returncode}: {said}")
 
 
 def _child(config: str, topology: str, slices: str, path: str) -> None:
@@ -222,4 +238,5 @@ if __name__ == "__main__":
     try:
         _child(*sys.argv[1:])
     except UserError as refusal:
-        sys.exit(f"error: {refusal}")
+        print(f"error: {refusal}", file=sys.stderr)
+        sys.exit(MISTAKEN)

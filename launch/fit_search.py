@@ -9,7 +9,6 @@ device at one time goes through gradient accumulation.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import AbstractMesh
 
-from launch.fit_compile import Compiled, compile_kept, device_count
+from launch.fit_compile import Compiled, compile_kept, device_count, say
 from launch.fit_estimate import estimated_bytes, least_seconds
 from launch.fit_report import GB, available_bytes, fit_record, mesh_words
 from launch.slices import Slice
@@ -171,11 +170,6 @@ def search(
             if first_fit:
                 break
     return sorted(records, key=lambda r: -r["roofline"]["tokens_per_second_per_chip"] if r["fits"] else 0.0)
-
-
-def say(text: str) -> None:
-    """Progress, on standard error."""
-    print(f"# {text}", file=sys.stderr, flush=True)
 
 
 def in_words(cfg: RunConfig) -> str:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import configs
 from launch.fit import on_slices, sized
-from launch.fit_compile import device_count, versions
+from launch.fit_compile import device_count, say, versions
 from launch.fit_report import available_bytes, mesh_words
-from launch.fit_search import measure_kept, plan, say, search
+from launch.fit_search import measure_kept, plan, search
 from launch.slices import parse_slice
 from moe_jax.files import write_bytes
 from moe_jax.progress import time_left

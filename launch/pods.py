@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from launch import jobset, queued, xpk
+from launch.fit_compile import check_mesh
 from launch.job import Job, shell
 from launch.record import job_record, write_record
 from launch.slices import Slice
@@ -60,7 +61,8 @@ def launch_job(job: Job, submit: bool, check_fit: CheckFit | None = None) -> int
     """Print a job, after it is found to fit; with `submit` also start and record it. The tool's exit status.
 
     Raises:
-        UserError: the config is mistyped, the job does not fit, or the tool or data that hosts reach is missing.
+        UserError: the config is mistyped, its mesh is not of these slices, the job does not fit, or the tool is
+            missing or data that hosts reach.
     """
     launcher, kind, stages = LAUNCHERS[job.launcher], job.slice, job.stages
     notes = [f"# {job.slices} x {kind.family}:{kind.topology}, {job.slices * kind.chips} chips on "
@@ -71,6 +73,8 @@ def launch_job(job: Job, submit: bool, check_fit: CheckFit | None = None) -> int
             f"{missing[0]} is a path of this machine; copy it to the bucket and name it there, as in "
             f"data.sources.0.path='{job.bucket}/data/*.jsonl', or by its whole path in the image, /app/{missing[0]}"
         )
+    for cfg in stages:
+        check_mesh(cfg, kind, job.slices)
     for number, cfg in enumerate(stages, 1):
         if check_fit and (rate := check_fit(cfg, kind, job.slices, f"{number} of {len(stages)}")):
             costs.append(chip_hours(cfg, rate))

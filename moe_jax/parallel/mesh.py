@@ -25,18 +25,23 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     axis crosses the data-centre network.
     """
     devices = jax.devices() if devices is None else list(devices)
+    sizes = mesh_sizes(cfg, len(devices))
+    return Mesh(_arrange(tuple(sizes.values()), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(cfg: MeshConfig, devices: int) -> dict[str, int]:
+    """The size of each axis over so many devices; UserError where they do not multiply to that."""
     sizes = {axis: asdict(cfg)[axis] for axis in AXES}
     free = [name for name, size in sizes.items() if size == -1]
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    fixed = math.prod(size for size in sizes.values() if size != -1)
     wanted = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1) or "of one device"
     if free:
-        sizes[free[0]] = max(1, len(devices) // fixed)
-    if int(np.prod(list(sizes.values()))) != len(devices):
-        raise UserError(
-            f"mesh {wanted} does not fit {len(devices)} device(s); "
-            f"the sizes must multiply to {len(devices)}, or leave one of them -1"
-        )
-    return Mesh(_arrange(tuple(sizes.values()), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        sizes[free[0]] = max(1, devices // fixed)
+    if math.prod(sizes.values()) != devices:
+        which = "sizes beside the -1" if free else "sizes"
+        mend = f"must multiply to {f'a divisor of {devices}' if free else f'{devices}, or leave one of them -1'}"
+        raise UserError(f"mesh {wanted} does not fit {devices} device(s); the {which} {mend}")
+    return sizes
 
 
 def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:

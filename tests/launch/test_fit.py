@@ -80,7 +80,7 @@ def once(tmp_path_factory):
             return result.compiled
 
         printed: list[str] = []
-        patch.setattr(launch.fit, "compile_step", remember)
+        patch.setattr(launch.fit, "compile_kept", remember)
         patch.setattr("builtins.print", lambda *words, **_: printed.extend(map(str, words)))
         status = run(
             "mobilemoe_s", "--topology", "v5e:2x2", "--seq-len", "512", "--per-device-batch", "1", "--top", "3",
@@ -255,7 +255,7 @@ def test_the_first_knob_is_what_costs_least_of_what_is_large(overrides, mesh, ar
 def test_a_step_that_does_not_fit_ends_with_2_and_still_writes_its_json(once, monkeypatch, tmp_path, capsys):
     refused = replace(once.compiled, text="", message=SHORT, temp=0)
     answers = [refused, once.compiled]  # the second is for the chip with more HBM
-    monkeypatch.setattr(launch.fit, "compile_step", lambda *_: answers.pop(0))
+    monkeypatch.setattr(launch.fit, "compile_kept", lambda *_: answers.pop(0))
     path = tmp_path / "fit.json"
     words = ("--topology", "v5e:2x2", "--seq-len", "512", "--per-device-batch", "4", "--json", str(path), *SMALL)
     assert run("mobilemoe_s", *words) == 2

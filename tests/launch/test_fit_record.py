@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_compiled_again_on_as_many_devices_with_more_memory
         kinds.append(kind)
         return result(fits=False, mesh=MESH | {"fsdp": 8})
 
-    monkeypatch.setattr(launch.fit, "compile_step", refuse)
+    monkeypatch.setattr(launch.fit, "compile_kept", refuse)
     record, _ = fit("mobilemoe_s", small("data.global_batch_size=8"), parse_slice("v5e:2x4"), 1, 1e12)
     assert not record["fits"] and [f"{kind.family}:{kind.topology}" for kind in kinds] == ["v5e:2x4", "v5p:2x2x2"]
 

@@ -292,6 +292,23 @@ def test_a_job_that_does_not_fit_is_refused_before_anything_is_printed_and_one_t
     assert "pretrain: at least 166,667 chip-hours" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("mesh.data=3", "mesh slices=2, data=3, fsdp=-1 does not fit 512 device(s); the sizes beside the -1"),
+        ("mesh.tensor=8", "does not divide over mesh.tensor=8; use one of 1, 2, 4"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused_at_once_also_where_nobody_asks_whether_it_fits(capfd, override, words):
+    def ask(*_):
+        raise AssertionError("compiled")
+
+    for words_of_fit, check in (([], ask), (["--no-fit"], None)):
+        assert run(*GKE, *words_of_fit, override, check_fit=check) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and words in err and err.count("\n") == 1
+
+
 def test_a_mistyped_option_is_refused_before_anything_is_printed(capfd):
     assert run(*GKE[:2], "data.seq_length=1", *GKE[3:]) == 2
     out, err = capfd.readouterr()

@@ -26,7 +26,10 @@ def sizes(**axes):
     [
         (sizes(data=3), "mesh data=3 does not fit 8 device.*multiply to 8"),
         (sizes(), "mesh of one device does not fit 8"),
-        (sizes(fsdp=-1, tensor=3), "mesh fsdp=-1, tensor=3 does not fit 8"),
+        (
+            sizes(fsdp=-1, tensor=3),
+            "mesh fsdp=-1, tensor=3 does not fit 8.*beside the -1 must multiply to a divisor of 8",
+        ),
         (sizes(slices=2, context=8), "mesh slices=2, context=8 does not fit 8"),
     ],
 )
