@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import pkgutil
 from types import FunctionType
 
@@ -39,6 +40,8 @@ def registered() -> dict[str, FunctionType]:
 def get(name: str) -> RunConfig:
     """The registered config of that name; an unknown name is a UserError with the nearest one."""
     functions = registered()
+    if name not in functions and location(name).is_dir():
+        raise UserError(f"{name} is a folder; name a config, or as one {os.path.join(name, 'config.json')}")
     if name not in functions:
         raise UserError(f"no config is called {name!r}{nearest(name, list(functions))}")
     return functions[name]()
@@ -81,4 +84,8 @@ def load(name: str, overrides: list[str] | None = None) -> RunConfig:
         data = json.loads(location(name).read_text())
     except Exception as error:  # what gcsfs raises is of many kinds
         raise UserError(f"{name} cannot be read as JSON ({error}); name a registered config") from None
-    return apply(from_dict(RunConfig, data), overrides or [])
+    try:
+        cfg = from_dict(RunConfig, data)
+    except UserError as error:
+        raise UserError(f"{name} is no config: {error}") from None
+    return apply(cfg, overrides or [])

@@ -57,7 +57,7 @@ def profile(
     parts = sections(bundle)
     limit = parts.metadata.max_num_tokens
     if context + 2 * calls + 2 > limit:
-        raise UserError(f"{context} + {2 * calls} tokens exceed the bundle's context of {limit}; ask for fewer")
+        raise UserError(f"{context} + {2 * calls} tokens exceed the bundle's context of {limit}; lower --contexts")
     texts, result = Texts(text, parts.tokenizer), {}
     with tempfile.TemporaryDirectory() as folder:
         say(f"loading {bundle}")

@@ -160,8 +160,7 @@ def _write(
         "prefill": lengths,
         "experts": experts,
         "sha256": sha256,
-        "codes_checked": found.codes_checked,
-        "mismatches": found.mismatches,
+        **({} if experts == "dense" else {"codes_checked": found.codes_checked, "mismatches": found.mismatches}),
         "file_gb": sizes[0] / 1e9,
         "peak_rss_gb": memory()["peak_rss_gb"],
     }

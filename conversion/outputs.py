@@ -35,7 +35,7 @@ def writing(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot write {output}: {reason}; free the disk or choose another") from error
+        raise UserError(f"cannot write {output}: {reason}; make room or choose another place") from error
 
 
 @contextmanager

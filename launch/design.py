@@ -134,6 +134,8 @@ def point_of(run: str) -> Point:
         UserError: no run, or one that has not done its steps, or that did not begin with fresh parameters.
     """
     path = location(run) / "config.json"
+    if any(mark in run for mark in "*?[") and not path.exists():
+        raise UserError(f"no folder matches {run}; name folders of moe_jax train")
     try:
         cfg = from_dict(RunConfig, json.loads(path.read_text()))
     except (OSError, ValueError, UserError) as error:

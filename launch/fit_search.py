@@ -38,14 +38,14 @@ Measure = Callable[[RunConfig], dict[str, Any]]
 class Candidate(NamedTuple):
     """One way to run a step, estimated: bytes per device, tokens per second and chip at best.
 
-    `busy` are the seconds of all resources together: of candidates bound by the same one, the others decide.
+    `next_bound` are the seconds of the second busiest resource, which decides between candidates equally fast.
     """
 
     cfg: RunConfig
     args: float
     temp: float
     tokens_per_second: float
-    busy: float
+    next_bound: float
 
 
 class Planned(NamedTuple):
@@ -84,8 +84,8 @@ def plan(
                     continue
                 seconds = least_seconds(tried, sizes, kind)
                 per_chip = tried.tokens_per_step / (kind.chips * slices) / max(seconds)
-                found.append(Candidate(tried, args, temp, per_chip, sum(seconds)))
-    return Planned(sorted(found, key=lambda c: (-c.tokens_per_second, c.busy)), dict(pruned))
+                found.append(Candidate(tried, args, temp, per_chip, sorted(seconds)[-2]))
+    return Planned(sorted(found, key=lambda c: (-c.tokens_per_second, c.next_bound)), dict(pruned))
 
 
 def _meshes(devices: int, slices: int, others: tuple[tuple[int, int, int], ...]) -> Iterator[MeshConfig]:

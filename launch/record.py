@@ -72,6 +72,8 @@ def read_record(run: str) -> dict[str, Any]:
     path = location(run) / RECORD
     try:
         record = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{run} was not started by launch; the command that started it goes on with it") from None
     except Exception as error:
         raise UserError(f"{path} cannot be read ({_line(error)}); start the run by its own command") from None
     if not is_record(record):

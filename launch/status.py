@@ -85,7 +85,8 @@ def stage_status(folder: epath.Path, verify: bool = False) -> dict[str, Any]:
     step = max(last.get("step", 0), newest)
     running = holder(folder)
     done = any(c["final"] and c["state"] == "complete" and c["step"] >= steps for c in checkpoints)
-    pace = statistics.median(line["seconds"] for line in lines[-20:]) if lines else None
+    # One step alone says little: a short one follows each that waited.
+    pace, speed = (_usual(lines[-20:], name) for name in ("seconds", "tokens_per_second"))
     sign = events[-1]["time"] if events else None
     return {
         "stage": folder.name if not lines else last["stage"],
@@ -95,12 +96,16 @@ def stage_status(folder: epath.Path, verify: bool = False) -> dict[str, Any]:
         "step": step,
         "steps": steps,
         "loss": last.get("loss"),
-        "tokens_per_second": last.get("tokens_per_second"),
+        "tokens_per_second": speed,
         "seconds_left": None if pace is None else round(max(0, steps - step) * pace, 1),
         "seconds_since_event": None if sign is None else round(time.time() - sign, 1),
         "checkpoints": checkpoints,
         **history(events),
     }
+
+
+def _usual(lines: list[dict[str, Any]], name: str) -> float | None:
+    return statistics.median(line[name] for line in lines) if lines else None
 
 
 def history(events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -109,6 +109,8 @@ def write_bytes(path: AnyPath, data: bytes) -> None:
     try:
         aside.write_bytes(data)
         aside.replace(path)
+    except OSError as error:  # of a full disk it names no file, else the one aside
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
 

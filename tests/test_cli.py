@@ -165,6 +165,12 @@ def test_unknown_configs_and_options_suggest_the_nearest(capsys, tmp_path):
     assert "did you mean 'data.seq_len'" in sentence(capsys, "train", CONFIG, *run, "data.seqlen=3")
     assert "a whole number" in sentence(capsys, "train", CONFIG, "steps=soon", *run)
     assert "cannot be read as JSON" in sentence(capsys, "params", str(tmp_path / "no.json"))
+    (tmp_path / "other.json").write_text('{"version": 1}')
+    other = sentence(capsys, "params", str(tmp_path / "other.json"))
+    assert f"{tmp_path}/other.json is no config: unknown option 'version'" in other
+    assert f"is a folder; name a config, or as one {tmp_path}/config.json" in sentence(
+        capsys, "params", str(tmp_path)
+    )
     launched = sentence(capsys, "local", CONFIG, *run, "setps=1", entry=launch.__main__.main)
     assert "did you mean 'steps'" in launched
     assert not (tmp_path / "run").exists()
@@ -249,6 +255,15 @@ def test_unknown_words_are_refused():
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == 2
+
+
+def test_a_disk_that_is_full_in_a_write_says_what_was_written(capsys, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")  # of write(2), which knows no names
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    assert main(["params", CONFIG, "--json", str(tmp_path / "p.json")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/p.json: No space left on device; make room\n"
 
 
 def test_a_full_disk_is_one_sentence(capsys, monkeypatch, tmp_path):

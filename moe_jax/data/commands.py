@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 import numpy as np
 
@@ -59,7 +58,9 @@ def inspect_batch(
 ) -> str:
     """One packed row as text: each segment with its extent, and what the loss counts in green (or in «marks»)."""
     batches = make_train_iterator(config, tokenizer)
-    arrays = {name: values[row] for name, values in next(islice(batches, batch, None)).items()}
+    state = batches.get_state()
+    batches.set_state(state | {"position": state["position"] | {"next_index": batch}})
+    arrays = {name: values[row] for name, values in next(batches).items()}
     segments, counted = arrays["segment_ids"], arrays["loss_mask"] > 0
     lines = [
         f"batch {batch} row {row}: {len(segments)} places, {segments.max()} segments, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,6 +40,7 @@ def evaluate(
     tokenizer = Tokenizer.load(location(run_dir) / "tokenizer.json")
     tokenizer.require(cfg.model.vocab_size, stored["tokenizer"])
     sources = list(zip(cfg.data.heldout, heldout_rows(cfg.data, tokenizer), strict=True))
+    print(f"held-out: {', '.join(source.path for source, _ in sources)}", file=sys.stderr, flush=True)
     mesh = local_mesh(cfg.model.d_model, devices)
     size = max(1, _TOKENS // cfg.data.seq_len // mesh.size) * mesh.size
     cfg = replace(cfg, gradient_accumulation=1, data=replace(cfg.data, global_batch_size=size))

@@ -9,12 +9,25 @@ from dataclasses import replace
 import jax
 from jax.sharding import Mesh
 
-from moe_jax.config import RunConfig
+from moe_jax.config import DataConfig, RunConfig
 from moe_jax.data.packing import PackedRows
 from moe_jax.data.pipeline import heldout_batches
+from moe_jax.data.sources import iter_documents, source_files
+from moe_jax.errors import UserError
+from moe_jax.files import is_remote
 from moe_jax.parallel.batches import put_everywhere
 from moe_jax.train.state import TrainState
 from moe_jax.train.step import make_eval_step
+
+
+def why_unusable(config: DataConfig) -> str:
+    """Why held-out data cannot be read, by its first documents or, in a bucket, its files; empty if it can."""
+    try:
+        for source in config.heldout:
+            source_files(source.path) if is_remote(source.path) else next(iter_documents(source))
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 class HeldoutLoss:

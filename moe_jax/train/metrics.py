@@ -143,16 +143,17 @@ class Metrics:
             self._board.scalars(step, {"heldout_loss": loss})
 
     def _show(self, step: int, line: dict[str, Any]) -> None:
-        self._bar.set_postfix(loss=f"{line['loss']:.3f}", tok_s=f"{line['tokens_per_second']:,.0f}", refresh=False)
-        self._bar.update(step - self._bar.n)
         seconds = line["seconds"]
         self._rate = 0.9 * self._rate + 0.1 * seconds if self._rate else seconds
+        speed = f"{line['tokens_per_second'] * seconds / self._rate:,.0f}"  # of one step alone it jumps
+        self._bar.set_postfix(loss=f"{line['loss']:.3f}", tok_s=speed, refresh=False)
+        self._bar.update(step - self._bar.n)
         left = (self._cfg.steps - step) * self._rate
         if self._plain and (time.monotonic() - self._printed > _PLAIN_SECONDS or step == self._cfg.steps):
             self._printed = time.monotonic()
             print(
                 f"{self._cfg.stage} {step}/{self._cfg.steps} loss {line['loss']:.4f} "
-                f"{line['tokens_per_second']:,.0f} tokens/s {time_left(left)}",
+                f"{speed} tokens/s {time_left(left)}",
                 file=sys.stderr,
                 flush=True,
             )

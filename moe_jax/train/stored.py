@@ -159,12 +159,11 @@ def restore_arrays(path: epath.Path, abstract: Any, shapes: dict[str, dict[str, 
                 want, have = f"{leaf.dtype}{list(leaf.shape)}", f"{found.dtype}{list(found.shape)}"
                 problems.append(f"{name} is {have} instead of {want}")
     if problems:
+        if "optimizer" in wanted and shapes["optimizer"].keys() == {"step"}:  # an import
+            raise UserError(f"checkpoint {path} holds parameters only: name its run in init_from of a new one")
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         listed = "; ".join(sorted(problems)[:8])
-        mend = "use its own config"
-        if "optimizer" in wanted and shapes["optimizer"].keys() == {"step"}:  # an import
-            mend = "it holds parameters only: name its run in init_from of a new one"
-        raise UserError(f"checkpoint {path} does not fit this config: {listed}{more}; {mend}")
+        raise UserError(f"checkpoint {path} does not fit this config: {listed}{more}; use its own config")
     shards = [_shard_bytes(leaf, shapes[tree][name]) for tree in wanted for name, leaf in wanted[tree].items()]
     loaded = _load(path, wanted, max(_READ_AT_ONCE, 2 * max(shards)) + 1)
     leaves = [loaded[tree_of(name)][stored_name(name)] for name in names]

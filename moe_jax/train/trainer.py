@@ -36,7 +36,7 @@ from moe_jax.train.catalogue import complete_records, complete_steps
 from moe_jax.train.checkpoint import Checkpoints, config_of, describe, final_checkpoint, restore_model
 from moe_jax.train.goodput import Goodput
 from moe_jax.train.guard import BadStep, LossGuard
-from moe_jax.train.heldout import HeldoutLoss
+from moe_jax.train.heldout import HeldoutLoss, why_unusable
 from moe_jax.train.metrics import History, Metrics, StepClock
 from moe_jax.train.run_folder import changed_model, changed_options, describe_run, listed
 from moe_jax.train.state import TrainState, abstract_state, init_state
@@ -77,6 +77,8 @@ def fit(
     check_divisible(cfg, mesh)  # before hours of reading, as what follows
     if cfg.init_from and not complete_records(run_dir):
         final_checkpoint(cfg.init_from)
+    if is_first() and not cfg.checkpoint.keep_best and (why := why_unusable(cfg.data)):
+        _tell(f"held-out data cannot be measured on, as evaluate will: {why}")
     index, count = share_of_batch(mesh)
     with goodput.spent("data"):
         data = make_train_iterator(cfg.data, tokenizer, process_index=index, process_count=count)

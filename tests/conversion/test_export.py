@@ -146,7 +146,7 @@ def test_a_failed_overwrite_leaves_the_old_files_and_nothing_else(run, tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
-        with pytest.raises(UserError, match=rf"cannot write {output}: .*free the disk"):
+        with pytest.raises(UserError, match=rf"cannot write {output}: .*make room"):
             export(run, output, prefill=(4,), overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

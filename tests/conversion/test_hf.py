@@ -337,7 +337,9 @@ def test_an_output_below_a_file_is_one_sentence_and_leaves_nothing(bf16, tmp_pat
 
 def test_an_imported_run_that_is_resumed_says_how_it_goes_on(bf16):
     state = abstract_state(RunConfig("qat", TINY, data=DataConfig(seq_len=64)), single_device_mesh())
-    with pytest.raises(UserError, match=r"parameters only: name its run in init_from"):
+    with pytest.raises(
+        UserError, match=r"^checkpoint \S+ holds parameters only: name its run in init_from of a new one$"
+    ):
         Checkpoints(bf16[1]).restore_latest(state)
 
 

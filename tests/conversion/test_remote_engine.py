@@ -88,6 +88,19 @@ def test_a_cross_compiler_alone_is_not_enough(monkeypatch, tmp_path):
         machine.arm("cortex-a76")
 
 
+def test_an_emulator_that_crashes_is_told_before_the_climb(monkeypatch, tmp_path):
+    loader = tmp_path / "lib/ld-linux-aarch64.so.1"
+    for name, said in (
+        ("qemu-aarch64", "qemu-aarch64 version 7.2.22 (Debian)"),
+        (f"{machine.TARGET}-g++", str(loader)),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match=r"qemu-aarch64 is version 7\.2\.22, which crashes; install QEMU 10"):
+        machine.arm("cortex-a76")
+
+
 def test_a_package_index_out_of_reach_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")

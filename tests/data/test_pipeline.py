@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data import tokenized
 from moe_jax.data.commands import inspect_batch
+from moe_jax.data.packing import PackedRows
 from moe_jax.data.pipeline import (
     compression_bits_per_byte,
     heldout_batches,
@@ -219,3 +220,16 @@ def test_a_row_can_be_looked_at(config, chat_source, tokenizer):
     shown = inspect_batch(config, tokenizer, row=1, color=False)
     assert "segment 1: places 0.." in shown and "<|eot|>»" in shown
     assert "\033[32m" in inspect_batch(config, tokenizer, row=1)
+
+
+def test_a_row_far_on_is_looked_at_without_those_before_it(config, tokenizer, monkeypatch):
+    built = []
+    get = PackedRows.__getitem__
+    monkeypatch.setattr(PackedRows, "__getitem__", lambda self, index: (built.append(index), get(self, index))[1])
+    shown = inspect_batch(config, tokenizer, batch=10**6, row=2, color=False)
+    assert "batch 1000000 row 2: 64 places" in shown and len(built) < 100
+    monkeypatch.undo()
+    walked = next(islice(make_train_iterator(config, tokenizer), 7, None))["tokens"][2]
+    text = tokenizer.decode(walked)
+    shown = inspect_batch(config, tokenizer, batch=7, row=2, color=False)
+    assert shown.partition("\n")[2].replace("«", "").replace("»", "").splitlines()[1] in text

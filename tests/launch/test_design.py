@@ -122,6 +122,8 @@ def test_runs_whose_loss_is_not_that_of_their_tokens_are_refused(tiny, tmp_path)
         point_of(str(tmp_path))
     with pytest.raises(UserError, match="is no run of this version"):
         point_of(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match=r"no folder matches .*nothing/\*; name folders"):
+        point_of(str(tmp_path / "nothing/*"))
 
 
 def test_a_law_is_fitted_to_runs(capsys, tiny, tmp_path):

@@ -34,7 +34,10 @@ def test_a_recorded_run_is_rebuilt_exactly_and_refused_once_its_config_is_anothe
     assert run("resume", str(tmp_path / "run")) == 2
     assert "optimizer.learning_rate" in capfd.readouterr().err
     assert run("resume", str(tmp_path / "none")) == 2
-    assert "none/launch.json cannot be read" in capfd.readouterr().err
+    assert "none was not started by launch; the command that started it goes on" in capfd.readouterr().err
+    (tmp_path / "run/launch.json").write_text("{")
+    assert run("resume", str(tmp_path / "run")) == 2
+    assert "run/launch.json cannot be read" in capfd.readouterr().err
 
 
 def test_a_copied_run_of_pods_is_refused_and_not_gone_on_with_where_it_was_copied_from(capfd, bucket):

@@ -130,7 +130,7 @@ def extended(finished, tmp_path, seconds: list[float]) -> Path:
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"steps": 20}))
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    lines = [json.dumps(line | {"seconds": value}) + "\n" for value in seconds]
+    lines = [json.dumps(line | {"seconds": value, "tokens_per_second": 600 / value}) + "\n" for value in seconds]
     (run / "metrics.jsonl").write_text("".join(lines))
     return run
 
@@ -143,7 +143,8 @@ def test_a_final_checkpoint_of_fewer_steps_than_are_asked_for_by_now_does_not_co
 def test_the_time_left_follows_from_the_usual_one_of_the_last_steps(finished, tmp_path):
     # A slow start is forgotten; a pause that one of the last steps took is not taken for the pace.
     run = extended(finished, tmp_path, [50.0] * 30 + [2.0] * 19 + [600.0])
-    assert run_status(str(run))["stages"][0]["seconds_left"] == (20 - 12) * 2
+    (stage,) = run_status(str(run))["stages"]
+    assert (stage["seconds_left"], stage["tokens_per_second"]) == ((20 - 12) * 2, 300)
 
 
 def test_without_a_log_a_run_stands_where_its_newest_checkpoint_does_that_is_not_damaged(finished, tmp_path):

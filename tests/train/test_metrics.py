@@ -62,6 +62,16 @@ def test_mfu_is_model_flops_over_the_peak(tiny, tmp_path, monkeypatch):
     assert line["load_max_over_mean"] == [1.5]
 
 
+def test_the_speed_that_is_shown_is_no_single_steps(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("moe_jax.train.metrics._PLAIN_SECONDS", 0.0)
+    with Metrics(tmp_path, tiny.cfg, 0, [jax.devices()[0]] * 8) as metrics:
+        for step in range(1, 12):
+            metrics.log(step, VALUES, seconds=1e-3 if step == 11 else 1.0, real=100, trained=90.0)
+    said = capsys.readouterr().err.splitlines()
+    assert " 100 tokens/s " in said[9] and " 111 tokens/s " in said[10]
+    assert [round(line["tokens_per_second"]) for line in read_metrics(tmp_path)][9:] == [100, 100_000]
+
+
 def test_mfu_is_of_all_devices_of_an_accelerator(tiny, tmp_path):
     devices: Any = [SimpleNamespace(platform="tpu", device_kind="TPU v4")] * 8
     with Metrics(location(tmp_path), tiny.cfg, 0, devices) as metrics:

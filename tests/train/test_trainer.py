@@ -132,6 +132,19 @@ def test_more_bad_batches_than_allowed_stop_the_run(tiny, tmp_path, monkeypatch)
     assert complete_steps(tmp_path / "run") == [4]
 
 
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("data.heldout.0.path=nope.jsonl", "no file matches 'nope.jsonl'"),
+        ("data.heldout.0.kind=chat", "holds a text where the source says chat"),
+    ],
+)
+def test_held_out_data_that_evaluate_could_not_read_is_told_at_the_start(tiny, tmp_path, capsys, option, why):
+    tiny.fit(tmp_path / "run", option, "steps=1")
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "held-out" in line)
+    assert said.startswith("held-out data cannot be measured on, as evaluate will: ") and why in said
+
+
 def test_a_save_may_take_half_an_hour_before_it_counts_as_a_hang(tiny, tmp_path, monkeypatch):
     allowed, last = [], {}
     beat, wait = Watchdog.beat, Checkpoints.wait
