@@ -18,7 +18,7 @@ import tempfile
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, field
 from itertools import groupby, islice
 from operator import itemgetter
@@ -39,7 +39,8 @@ from moe_jax.progress import Progress
 T = TypeVar("T")
 
 _PART = 1 << 18  # characters; longer texts are encoded in parts cut at a line's end
-_CHUNK = 4 * max(16, os.cpu_count() or 1)  # parts encoded at one time: enough for all cores, and memory stays small
+_CHUNK = 4 * max(16, os.cpu_count() or 1)  # parts encoded at one time, enough for all cores,
+_CHUNK_SIZE = 1 << 24  # or as many characters: their ids take some 10 bytes for each as Python's numbers
 
 
 @dataclass(frozen=True)
@@ -169,20 +170,31 @@ def _encoded_texts(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.nd
     parts = ((number, part) for number, text in enumerate(texts) for part in _parts(text))
 
     def encoded() -> Iterator[tuple[int, np.ndarray]]:
-        chunks = iter(lambda: list(islice(parts, _CHUNK)), [])
-        with ThreadPoolExecutor(
-            1
-        ) as pool:  # all cores encode a chunk while this one reads and writes its neighbours
-            running = (
-                (chunk, pool.submit(tokenizer.encode_batch, [part for _, part in chunk])) for chunk in chunks
-            )
-            for chunk, batch in _one_ahead(running):
+        # All cores encode a chunk while this one reads and writes its neighbours.
+        with ThreadPoolExecutor(1) as pool:
+
+            def started(chunk: list[tuple[int, str]]) -> tuple[list[tuple[int, str]], Future]:
+                return chunk, pool.submit(tokenizer.encode_batch, [part for _, part in chunk])
+
+            for chunk, batch in _one_ahead(map(started, _chunks(parts))):
                 for (number, _), ids in zip(chunk, batch.result(), strict=True):
                     yield number, np.array(ids, np.int32)
 
     for _, group in groupby(encoded(), key=itemgetter(0)):
         ids = [part for _, part in group]
         yield np.concatenate([[tokenizer.bos], *ids, [tokenizer.end]]).astype(np.int32)
+
+
+def _chunks(parts: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    chunk, size = [], 0
+    for number, part in parts:
+        chunk.append((number, part))
+        size += len(part)
+        if len(chunk) == _CHUNK or size >= _CHUNK_SIZE:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data import tokenized
@@ -157,6 +159,27 @@ def test_long_texts_are_encoded_in_parts_without_loss(tokenizer, tmp_path, monke
     assert [tokenizer.decode(stored.tokens[a + 1 : b - 1]) for a, b in bounds] == texts
     ids = [tokenized.document_ids(text, tokenizer)[0] for text in texts]
     assert np.array_equal(np.concatenate(ids), stored.tokens)
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    st.integers(1, 5),
+    st.integers(1, 300),
+    st.integers(20, 99),
+)
+def test_ids_do_not_depend_on_how_many_parts_are_encoded_at_a_time(tokenizer, words, chunk, size, part):
+    texts = [sentence(number, count) for number, count in enumerate(words)]
+    whole = [tokenized.document_ids(text, tokenizer)[0] for text in texts]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_CHUNK", chunk), ("_CHUNK_SIZE", size)):
+            patch.setattr(tokenized, name, value)
+        many = list(tokenized._encoded_texts(texts, tokenizer))
+        patch.setattr(tokenized, "_PART", part)  # from here on texts come in several parts
+        cut = list(tokenized._encoded_texts(texts, tokenizer))
+    assert len(many) == len(cut) == len(texts)
+    for text, one, other, pieces in zip(texts, whole, many, cut, strict=True):
+        assert np.array_equal(one, other) and tokenizer.decode(pieces[1:-1]) == text
 
 
 def test_a_cache_that_cannot_be_written_is_named(text_source, tokenizer, tmp_path):
