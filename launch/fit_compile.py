@@ -111,6 +111,8 @@ def check_mesh(cfg: RunConfig, kind: Slice, slices: int) -> None:
     from moe_jax.parallel.rules import check_divisible
 
     sizes = mesh_sizes(cfg.mesh, device_count(kind, slices))
+    if slices > 1 and sizes["slices"] != slices:
+        raise UserError(f"mesh.slices is {sizes['slices']}, but the devices form {slices} slices; say it once")
     check_divisible(cfg, AbstractMesh(tuple(sizes.values()), AXES))
 
 
@@ -194,7 +196,8 @@ def cache_path(cfg: RunConfig, kind: Slice, slices: int) -> Path:
     use_libtpu()
     files = [file for part in _SOURCES for file in sorted((_PACKAGE / part).rglob("*.py")) or [_PACKAGE / part]]
     code = [ast.dump(ast.parse(file.read_text())) for file in files]  # comments and layout decide nothing
-    what = json.dumps([to_dict(cfg), kind, slices, versions(), code])
+    flags = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
+    what = json.dumps([to_dict(cfg), kind, slices, versions(), flags, code])
     return CACHE / f"{hashlib.sha256(what.encode()).hexdigest()[:20]}.json.gz"
 
 

@@ -108,9 +108,8 @@ def _read_by_users(name: str, fused: Computation, module: Module) -> int:
 
 def _is_view(inner: Instruction) -> bool:
     """Whether an instruction in a fusion stands for its operand; on tpu7x copies to other tiles do, if aliased."""
-    return inner.opcode == "bitcast" or (
-        inner.opcode == "fusion" and "output_to_operand_aliasing={{}: (0, {})}" in inner.attributes
-    )
+    aliased = "output_to_operand_aliasing={{}: (0, {})}" in inner.attributes and len(inner.operands) == 1
+    return inner.opcode == "bitcast" or (inner.opcode == "fusion" and aliased)
 
 
 def _written(result: Instruction, fused: Computation, module: Module) -> list[int]:

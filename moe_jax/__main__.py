@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         "tokenize",
         _tokenize,
         "put the tokens of data.sources and data.heldout into data.cache_dir, local or gs://, ahead of the runs "
-        "that use them: on a machine without TPUs, say",
+        "that use them, on a machine without TPUs, say; of several configs, joined by commas, as train takes them",
         "mobilemoe_s data.cache_dir=gs://b/tokens data.sources.0.path='gs://b/data/*.jsonl'",
         True,
     )
@@ -233,10 +233,13 @@ def _tokenize(arguments: Any) -> None:
     from moe_jax.data.commands import tokenize
     from moe_jax.data.tokenizer import Tokenizer
 
-    cfg = configs.load(arguments.config, arguments.overrides)
-    tokenizer = Tokenizer.load(cfg.data.tokenizer)
-    tokenizer.require(cfg.model.vocab_size)
-    for line in tokenize(cfg.data, tokenizer):
+    stages = []
+    for name in arguments.config.split(","):
+        cfg = configs.load(name, arguments.overrides)
+        tokenizer = Tokenizer.load(cfg.data.tokenizer)
+        tokenizer.require(cfg.model.vocab_size)
+        stages.append((cfg.data, tokenizer))
+    for line in tokenize(stages):
         print(line, flush=True)
 
 

@@ -64,7 +64,7 @@ def code_lines(text: str) -> int:
 
 
 def test_the_whole_stays_small_enough_to_read():
-    assert sum(code_lines(path.read_text()) for path in SOURCES) <= 15_820
+    assert sum(code_lines(path.read_text()) for path in SOURCES) <= 15_860
 
 
 def test_every_module_and_public_function_is_documented():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from moe_jax.errors import UserError
 TARGET = "aarch64-linux-gnu"
 _WHEEL = "litert-lm-api"
 _PLATFORM = "manylinux_2_27_aarch64"
-_TOO_OLD = ("5", "6", "7")  # 7.2 ends with a segmentation fault of its own
+_TOO_OLD = 7  # 7.2 ends with a segmentation fault of its own
 _MEMBER = "litert_lm/liblitert-lm.so"
 
 
@@ -50,9 +51,10 @@ def arm(processor: str) -> Machine:
     ).stdout.strip()
     if not os.path.isabs(loader):  # what is not found comes back as it was asked for
         raise UserError(f"{compiler} has no C library for Arm; install libc6-dev-arm64-cross, or leave out --arm")
-    words = subprocess.run([emulator, "--version"], capture_output=True, text=True).stdout.split()
-    if "version" in words[:-1] and (number := words[words.index("version") + 1]).partition(".")[0] in _TOO_OLD:
-        raise UserError(f"{emulator} is version {number}, which crashes; install QEMU 10, or leave out --arm")
+    said = subprocess.run([emulator, "--version"], capture_output=True, text=True).stdout
+    number = re.search(r"version ((\d+)\S*)", said)
+    if number and int(number[2]) <= _TOO_OLD:
+        raise UserError(f"{emulator} is version {number[1]}, which crashes; install QEMU 10, or leave out --arm")
     root = Path(os.path.normpath(loader)).parents[1]  # above lib/
     before = (emulator, "-cpu", processor, "-L", str(root))
     tried = subprocess.run([*before, loader, "--version"], capture_output=True, text=True)

@@ -9,11 +9,12 @@ import numpy as np
 
 from moe_jax.config import DataConfig, SourceConfig
 from moe_jax.data.pipeline import make_train_iterator
-from moe_jax.data.sources import document_text, iter_documents
+from moe_jax.data.sources import document_text, iter_documents, source_files
+from moe_jax.data.token_store import require_place
 from moe_jax.data.tokenized import put_tokens
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
-from moe_jax.files import AnyPath, location
+from moe_jax.files import AnyPath, is_remote, location
 from moe_jax.progress import Progress
 
 _TRAINED, _SEEN, _OFF = "\033[32m", "\033[2m", "\033[0m"
@@ -40,17 +41,24 @@ def build_tokenizer(
     return tokenizer
 
 
-def tokenize(config: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
-    """Put the tokens of all sources, held-out ones too, into `config.cache_dir`; a line for each.
+def tokenize(stages: Sequence[tuple[DataConfig, Tokenizer]]) -> Iterator[str]:
+    """Put the tokens of all sources of these stages, held-out ones too, into their `cache_dir`; a line for each.
 
-    A run that is given the same options finds them there. Raises UserError where there is no cache.
+    A run that is given the same options finds them there. Raises UserError, before the first is read, where there
+    is no cache or a source is missing.
     """
-    if not config.cache_dir:
-        raise UserError("data.cache_dir is empty; name the folder, local or gs://, that the run will be given")
-    for source in (*config.sources, *config.heldout):
-        found = put_tokens(source, tokenizer, config.max_bytes, config.cache_dir)
-        what = f"{len(found):,} documents, {len(found.tokens):,} tokens" if found else "all there"
-        yield f"{source.path}: {what} in {config.cache_dir}"
+    for config, _ in stages:
+        if not config.cache_dir:
+            raise UserError("data.cache_dir is empty; name the folder, local or gs://, that the run will be given")
+        for source in (*config.sources, *config.heldout):
+            source_files(source.path)
+        if is_remote(config.cache_dir):
+            require_place(config.cache_dir)
+    for config, tokenizer in stages:
+        for source in (*config.sources, *config.heldout):
+            found = put_tokens(source, tokenizer, config.max_bytes, config.cache_dir)
+            what = f"{len(found):,} documents, {len(found.tokens):,} tokens" if found else "all there"
+            yield f"{source.path}: {what} in {config.cache_dir}"
 
 
 def inspect_batch(

@@ -19,7 +19,7 @@ from moe_jax.config import DataConfig
 from moe_jax.data.origin import Origin, origin_of
 from moe_jax.data.packing import Batch, PackedRows, stack
 from moe_jax.data.sources import iter_documents
-from moe_jax.data.tokenized import tokenize_source
+from moe_jax.data.tokenized import require_tokens, tokenize_source
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import UserError
 
@@ -88,6 +88,8 @@ def make_train_iterator(
             f"data.global_batch_size {B} is not a multiple of the {process_count} processes; "
             f"use {-(-B // process_count) * process_count}"
         )
+    for source in config.sources:  # before the first of them is copied
+        require_tokens(source, tokenizer, config.max_bytes, config.cache_dir)
     sources, stats, tokenized_sources = [], [], []
     for index, source in enumerate(config.sources):
         tokenized = tokenize_source(source, tokenizer, config.max_bytes, config.cache_dir)

@@ -8,6 +8,7 @@ Input that cannot be read ends in a `UserError` that names the file and the mend
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -74,9 +75,17 @@ def contents(path: str) -> list[list]:
     if path in _STDLIB:
         return [[path, *corpus.stdlib_digest(_STDLIB[path][1])]]
     return [
-        [file.path, file.size, file.version if is_remote(file.path) else _digest(Path(file.path))]
+        [file.path, file.size, file.version if is_remote(file.path) else _content(file)]
         for file in source_files(path)
     ]
+
+
+@functools.cache
+def _content(file: SourceFile) -> str:
+    try:
+        return _digest(Path(file.path))
+    except OSError as error:
+        raise UserError(f"cannot read {file.path}: {error.strerror or error}; check it") from None
 
 
 def _digest(path: Path) -> str:
@@ -121,7 +130,7 @@ def iter_documents(
     total = count = 0
     files = source_files(source.path)
     size = 0 if source.path in _STDLIB else sum(file.size for file in files)
-    for name, document, read in _all_documents(source.path, files, {} if manifest is None else manifest):
+    for name, document, read in _all_documents(source.path, files, manifest):
         kind = "text" if isinstance(document, str) else "chat"
         if kind != source.kind:
             raise UserError(f"{name} holds a {kind} where the source says {source.kind}; set its kind to {kind}")
@@ -143,18 +152,22 @@ def document_text(document: Document) -> str:
     return document if isinstance(document, str) else "\n".join(m["content"] for m in document)
 
 
-def _all_documents(path: str, files: list[SourceFile], manifest: Manifest) -> Iterator[tuple[str, Document, float]]:
+def _all_documents(
+    path: str, files: list[SourceFile], manifest: Manifest | None
+) -> Iterator[tuple[str, Document, float]]:
     """(its place, the document, bytes of the files read so far) of each."""
     if path in _STDLIB:
         read, heldout = _STDLIB[path]
-        manifest[path] = corpus.stdlib_digest(heldout)
+        if manifest is not None:
+            manifest[path] = corpus.stdlib_digest(heldout)
         yield from ((path, document, 0.0) for document in read(heldout))
         return
     before = 0
     for source in files:
         try:
             with _on_disk(source.path) as file:
-                manifest[source.path] = [source.size, _digest(file)]
+                if manifest is not None:
+                    manifest[source.path] = [source.size, _digest(file)]
                 for place, document, share in _READERS[file.suffix](source.path, file):
                     yield place, document, before + share * source.size
         except OSError as error:

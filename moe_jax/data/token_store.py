@@ -16,7 +16,7 @@ from pathlib import Path
 from etils import epath
 
 from moe_jax.errors import UserError
-from moe_jax.files import remote_filesystem, write_json
+from moe_jax.files import location, remote_filesystem, write_bytes, write_json
 from moe_jax.progress import Progress
 
 _PART_BYTES = 32 << 20
@@ -27,6 +27,14 @@ _LIST = "parts.json"  # {file: [[bytes, sha256 as hex] of each part]}
 def is_complete(store: epath.Path) -> bool:
     """Whether all files of a folder were put there."""
     return (store / _LIST).exists()
+
+
+def require_place(cache: str) -> None:
+    """UserError where nothing could be put in a folder of a bucket, before hours of work for it."""
+    try:
+        write_bytes(location(cache) / ".begun", b"")
+    except FileNotFoundError:
+        raise UserError(f"there is no bucket for {cache}; create it, or name another in data.cache_dir") from None
 
 
 def send(folder: Path, store: epath.Path) -> None:
@@ -47,17 +55,14 @@ def send(folder: Path, store: epath.Path) -> None:
     write_json(store / _LIST, parts)
 
 
-def fetch(store: epath.Path, folder: Path) -> bool:
-    """Copy the files of a folder of a bucket into a local one; False where it is not complete.
+def fetch(store: epath.Path, folder: Path) -> None:
+    """Copy the files of a complete folder of a bucket into a local one.
 
     Raises:
         UserError: a part is missing or damaged.
         OSError: the disk has no room for them.
     """
-    try:
-        parts = json.loads((store / _LIST).read_bytes())
-    except FileNotFoundError:
-        return False
+    parts = json.loads((store / _LIST).read_bytes())
     sizes = {name: sum(size for size, _ in found) for name, found in parts.items()}
     for name, size in sizes.items():
         with (folder / name).open("wb") as file:
@@ -79,7 +84,6 @@ def fetch(store: epath.Path, folder: Path) -> bool:
 
     for _ in _many(get, sizes, f"copying tokens from {store}"):
         pass
-    return True
 
 
 def _part(store: epath.Path, name: str, at: int) -> str:

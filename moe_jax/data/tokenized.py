@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
+from etils import epath
 
 from moe_jax.config import SourceConfig
 from moe_jax.data import token_store
@@ -80,12 +81,23 @@ def tokenize_source(
     with _scratch() as folder:
         if not cache_dir:
             _write(folder, source, tokenizer, max_bytes)
-        elif not token_store.fetch(location(cache_dir) / _key(source, tokenizer, max_bytes, shared=True), folder):
-            raise UserError(
-                f"{cache_dir} has no tokens of {source.path} as it is now by this tokenizer and code; put them "
-                "there with 'python -m moe_jax tokenize CONFIG' and the same options"
-            )
+        else:
+            require_tokens(source, tokenizer, max_bytes, cache_dir)
+            token_store.fetch(_store(source, tokenizer, max_bytes, cache_dir), folder)
         return _read(folder)
+
+
+def require_tokens(source: SourceConfig, tokenizer: Tokenizer, max_bytes: int, cache_dir: str) -> None:
+    """UserError where a cache in a bucket lacks the ids of a source; nothing is copied."""
+    if is_remote(cache_dir) and not token_store.is_complete(_store(source, tokenizer, max_bytes, cache_dir)):
+        raise UserError(
+            f"{cache_dir} has no tokens of {source.path} as it is now by this tokenizer and code; put them "
+            "there with 'python -m moe_jax tokenize CONFIG' and the same options"
+        )
+
+
+def _store(source: SourceConfig, tokenizer: Tokenizer, max_bytes: int, cache_dir: str) -> epath.Path:
+    return location(cache_dir) / _key(source, tokenizer, max_bytes, shared=True)
 
 
 def put_tokens(
@@ -94,7 +106,7 @@ def put_tokens(
     """See to it that `cache_dir`, which may be in a bucket, has a source's ids; None where a bucket had them."""
     if not is_remote(cache_dir):
         return tokenize_source(source, tokenizer, max_bytes, cache_dir)
-    store = location(cache_dir) / _key(source, tokenizer, max_bytes, shared=True)
+    store = _store(source, tokenizer, max_bytes, cache_dir)
     if token_store.is_complete(store):
         return None
     with _scratch() as folder:

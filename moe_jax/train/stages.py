@@ -10,6 +10,7 @@ from etils import epath
 
 from moe_jax.config import RunConfig
 from moe_jax.data.sources import source_files
+from moe_jax.data.tokenized import require_tokens
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.errors import Preempted, UserError
 from moe_jax.files import AnyPath, location
@@ -63,12 +64,14 @@ def _require_usable(cfg: RunConfig, before: RunConfig | None, folder: epath.Path
     `before` is the stage whose parameters it still has to start from, if any.
     """
     require_plain(folder)
-    Tokenizer.load(cfg.data.tokenizer).require(cfg.model.vocab_size)
+    tokenizer = Tokenizer.load(cfg.data.tokenizer)
+    tokenizer.require(cfg.model.vocab_size)
     check_divisible(cfg, make_mesh(cfg.mesh))
     if cfg.checkpoint.keep_best and not cfg.data.heldout:
         raise UserError(f"{cfg.stage}: checkpoint.keep_best needs data.heldout, which is empty; name a source")
     for source in (*cfg.data.sources, *(cfg.data.heldout if cfg.checkpoint.keep_best else ())):
         source_files(source.path)
+        require_tokens(source, tokenizer, cfg.data.max_bytes, cfg.data.cache_dir)
     if before is not None:
         shapes, needed = ({path: leaf.shape for path, leaf in describe(c.model).items()} for c in (before, cfg))
         if other := sorted(path for path in shapes.keys() | needed if shapes.get(path) != needed.get(path)):

@@ -46,7 +46,7 @@ from moe_jax.train.watch import StopRequest, Watchdog
 # What a process asks of all, by a vote that travels with a step; the highest counts.
 _SAVE, _STOP = 1, 2
 _SLOW_MINUTES = 30.0  # that a compilation, a save or a restore may take
-_READING_MINUTES = 7 * 24 * 60.0  # from the first host that has its tokens to the last, whose disk is new
+_READING_MINUTES, _COPYING_MINUTES = 7 * 24 * 60.0, 120.0  # that a host may have its tokens later than the first
 _PATHS = (".path", "data.tokenizer", "data.cache_dir", "init_from")  # may differ, not what they lead to
 
 
@@ -117,7 +117,8 @@ def _tell(text: str) -> None:
 
 def _require_same_everywhere(cfg: RunConfig, **fingerprints: Any) -> None:
     """UserError where a process would train on something else: each has its own command line and files."""
-    first, *others = together("inputs", lambda: fingerprints | {"config": to_dict(cfg)}, _READING_MINUTES)
+    minutes = _COPYING_MINUTES if is_remote(cfg.data.cache_dir) else _READING_MINUTES
+    first, *others = together("inputs", lambda: fingerprints | {"config": to_dict(cfg)}, minutes)
     for index, found in enumerate(others, 1):
         names = [name for name in fingerprints if found[name] != first[name]]
         options = differences(from_dict(RunConfig, first["config"]), from_dict(RunConfig, found["config"]))

@@ -57,7 +57,7 @@ def test_a_run_takes_its_batches_from_the_tokens_in_a_bucket(config, tokenizer, 
         UserError, match=rf"{bucket}/tokens has no tokens of .*texts.jsonl .*moe_jax tokenize CONFIG"
     ):
         make_train_iterator(remote, tokenizer)
-    said = list(tokenize(remote, tokenizer))
+    said = list(tokenize([(remote, tokenizer)]))
     stats = make_train_iterator(config, tokenizer).stats
     assert said[:2] == [
         f"{item['path']}: {item['documents']:,} documents, {item['tokens']:,} tokens in {bucket}/tokens"
@@ -72,7 +72,7 @@ def test_a_run_takes_its_batches_from_the_tokens_in_a_bucket(config, tokenizer, 
 def test_another_machine_finds_the_tokens_of_text_that_it_has_a_copy_of(config, tokenizer, bucket, monkeypatch):
     here = dataclasses.replace(config, heldout=(SourceConfig("stdlib:heldout"),), cache_dir=f"{bucket}/tokens")
     here = dataclasses.replace(here, max_bytes=20_000)
-    list(tokenize(here, tokenizer))
+    list(tokenize([(here, tokenizer)]))
     for source in here.sources:
         os.utime(source.path, (1e9, 1e9))
     monkeypatch.setattr(sources, "_stat", lambda path: SourceFile(path, os.stat(path).st_size, "written later"))
@@ -139,10 +139,33 @@ def test_a_disk_without_room_for_the_copy_is_told_before_a_part_is_copied(
         tokenize_source(text_source, tokenizer, cache_dir=f"{bucket}/tokens")
 
 
+def test_what_is_missing_is_told_before_the_first_text_is_read(config, chat_source, tokenizer, bucket, monkeypatch):
+    monkeypatch.setattr(tokenized, "_write", None)
+    remote = dataclasses.replace(config, cache_dir=f"{bucket}/tokens")
+    for broken, words in (
+        (dataclasses.replace(remote, heldout=(SourceConfig("nope.jsonl"),)), r"no file matches 'nope\.jsonl'"),
+        (
+            dataclasses.replace(remote, cache_dir="gs://nobucket/tokens"),
+            "there is no bucket for gs://nobucket/tokens",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            next(tokenize([(remote, tokenizer), (broken, tokenizer)]))
+
+
+def test_a_run_looks_for_the_tokens_of_all_sources_before_it_copies_the_first(
+    config, tokenizer, bucket, monkeypatch
+):
+    put_tokens(config.sources[0], tokenizer, 0, f"{bucket}/tokens")
+    monkeypatch.setattr(token_store, "fetch", None)
+    with pytest.raises(UserError, match=r"has no tokens of .*chats\.jsonl"):
+        make_train_iterator(dataclasses.replace(config, cache_dir=f"{bucket}/tokens"), tokenizer)
+
+
 def test_tokens_are_put_into_a_local_cache_too_and_nowhere_without_one(config, tokenizer, tmp_path, monkeypatch):
     local = dataclasses.replace(config, cache_dir=str(tmp_path / "tokens"))
-    assert len(list(tokenize(local, tokenizer))) == 3
+    assert len(list(tokenize([(local, tokenizer)]))) == 3
     monkeypatch.setattr(tokenized, "_write", None)
     make_train_iterator(local, tokenizer)
     with pytest.raises(UserError, match=r"data\.cache_dir is empty; name the folder"):
-        next(tokenize(config, tokenizer))
+        next(tokenize([(config, tokenizer)]))

@@ -125,6 +125,14 @@ def test_a_kept_result_is_for_one_kind_and_number_of_slices():
 
 
 @needs_libtpu
+@pytest.mark.parametrize("name", ["LIBTPU_INIT_ARGS", "XLA_FLAGS"])
+def test_a_kept_result_is_for_the_flags_that_the_compiler_was_given(name, monkeypatch):
+    before = cache_path(small(), KIND, 1)
+    monkeypatch.setenv(name, "--xla_tpu_scoped_vmem_limit_kib=65536")
+    assert cache_path(small(), KIND, 1) != before
+
+
+@needs_libtpu
 def test_a_kept_result_is_for_the_code_that_makes_the_step_and_not_for_its_comments(tmp_path, monkeypatch):
     before = cache_path(small(), KIND, 1)
     copy = shutil.copytree(fit_compile._PACKAGE, tmp_path / "moe_jax")

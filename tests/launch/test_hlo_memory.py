@@ -66,6 +66,27 @@ ROOT %f = bf16[64,16,128]{2,1,0:T(16,128)(2,1)} fusion(%a, %i, %b), kind=kLoop, 
     assert read_program(step(body, copies.replace("ALIAS", ""))).hbm_bytes > 64 * 4 * KiB
 
 
+def test_an_update_inside_a_fusion_that_is_made_in_place_moves_what_it_writes():
+    fused = """
+%update (p0: f32[64,8,128], p1: f32[1,8,128], p2: s32[]) -> f32[64,8,128] {
+  %p0 = f32[64,8,128]{2,1,0:T(8,128)} parameter(0)
+  %p1 = f32[1,8,128]{2,1,0:T(8,128)} parameter(1)
+  %p2 = s32[] parameter(2)
+  ROOT %u = f32[64,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%p0, %p1, %p2, %p2, %p2)
+}
+%fused (q0: f32[64,8,128], q1: f32[1,8,128], q2: s32[]) -> f32[64,8,128] {
+  %q0 = f32[64,8,128]{2,1,0:T(8,128)} parameter(0)
+  %q1 = f32[1,8,128]{2,1,0:T(8,128)} parameter(1)
+  %q2 = s32[] parameter(2)
+  ROOT %r = f32[64,8,128]{2,1,0:T(8,128)} fusion(%q0, %q1, %q2), ALIAS, calls=%update
+}""".replace("ALIAS", "output_to_operand_aliasing={{}: (0, {})}")
+    body = """%a = f32[64,8,128]{2,1,0:T(8,128)} parameter(0)
+%b = f32[1,8,128]{2,1,0:T(8,128)} parameter(1)
+%i = s32[]{:S(6)} parameter(2)
+ROOT %f = f32[64,8,128]{2,1,0:T(8,128)} fusion(%a, %b, %i), kind=kLoop, calls=%fused"""
+    assert read_program(step(body, fused)).hbm_bytes == 2 * 4 * KiB
+
+
 def test_a_slice_on_its_way_to_vmem_is_read_once():
     body = """%a = f32[64,128]{1,0:T(8,128)} parameter(0)
 %s = ((f32[64,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]) slice-start(%a), slice={[0:8], [0:128]}

@@ -297,6 +297,7 @@ def test_a_job_that_does_not_fit_is_refused_before_anything_is_printed_and_one_t
     [
         ("mesh.data=3", "mesh slices=2, data=3, fsdp=-1 does not fit 512 device(s); the sizes beside the -1"),
         ("mesh.tensor=8", "does not divide over mesh.tensor=8; use one of 1, 2, 4"),
+        ("mesh.slices=4", "mesh.slices is 4, but the devices form 2 slices"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_refused_at_once_also_where_nobody_asks_whether_it_fits(capfd, override, words):

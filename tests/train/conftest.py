@@ -18,6 +18,7 @@ from moe_jax.overrides import apply, to_dict
 from moe_jax.train.checkpoint import checkpoint_path, verify
 from moe_jax.train.stored import describe, restore_arrays
 from moe_jax.train.trainer import fit
+from tests.object_store import bucket  # noqa: F401  (a fixture)
 
 WORDS = ("alpha", "beta", "gamma", "delta", "def", "return", "import", "class", "for", "x", "y", "1")
 VOCAB = 290

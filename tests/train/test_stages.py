@@ -119,6 +119,14 @@ def test_a_stage_that_is_no_name_of_a_folder_is_refused_before_any_is_trained(ti
     assert not list(tmp_path.iterdir())
 
 
+def test_tokens_that_a_bucket_lacks_for_a_later_stage_are_asked_for_at_the_start(tiny, tmp_path, bucket):
+    first = tiny.variant("data.global_batch_size=8")
+    later = apply(first, ["stage=next", f"data.cache_dir={bucket}/tokens"])
+    with pytest.raises(UserError, match=rf"{bucket}/tokens has no tokens of .*moe_jax tokenize CONFIG'"):
+        run_stages([first, later], tmp_path / "root")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import struct
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,25 +146,31 @@ def test_held_out_data_that_evaluate_could_not_read_is_told_at_the_start(tiny, t
 
 
 def test_a_save_may_take_half_an_hour_before_it_counts_as_a_hang(tiny, tmp_path, monkeypatch):
-    allowed, last = [], {}
-    beat, wait = Watchdog.beat, Checkpoints.wait
+    allowed, last, waited_for = [], {}, threading.Event()
+    beat, wait, finish = Watchdog.beat, Checkpoints.wait, Checkpoints._finish
 
     def beating(self, step, doing="", at_least=0.0):
         last["allowed"] = at_least
         beat(self, step, doing, at_least)
 
     def waiting(self):
-        if self._saver is not None and self._saver.is_alive():
+        if self._saver is not None:
             allowed.append(last["allowed"])
+            waited_for.set()
         wait(self)
 
-    monkeypatch.setattr(Watchdog, "beat", beating)
-    monkeypatch.setattr(Checkpoints, "wait", waiting)
-    slow = Checkpoints._finish
-    monkeypatch.setattr(Checkpoints, "_finish", lambda self, *what: (time.sleep(0.5), slow(self, *what)))
+    def finishing(self, *what):
+        assert waited_for.wait(60)  # no save is done before somebody waits for it
+        waited_for.clear()
+        finish(self, *what)
+
+    for owner, name, patched in (
+        (Watchdog, "beat", beating), (Checkpoints, "wait", waiting), (Checkpoints, "_finish", finishing)
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, patched)
     poisoned(monkeypatch, 5)
     tiny.fit(tmp_path / "run", "guard.on_bad_step=skip", "checkpoint.every_steps=4", "steps=9")
-    assert len(allowed) >= 3 and set(allowed) == {30.0}  # by the next save, by going back and at the end
+    assert allowed == [30.0] * 3  # by going back, by the next save and at the end
 
 
 def test_a_loss_spike_is_a_bad_step(tiny, tmp_path, monkeypatch):
