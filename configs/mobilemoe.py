@@ -8,8 +8,8 @@ choice: batch, betas, weight decay, clipping, warm-up, where a cosine ends, init
 documents, the mean of the z-loss over layers, capacity in mid-training too, balancing in SFT and QAT too, SFT's
 data for QAT. The paper mixes sources by domain; each stage here names one folder to put a mixture in.
 
-A process tokenises the text before the first step, holds its tokens on disk (4 bytes each) and 28 bytes of memory
-for each document: docs/pods.md says how far that goes.
+A process tokenises the text before the first step, or copies what `tokenize` made of it. It holds all tokens on
+disk (4 bytes each) and 28 bytes of memory for each document: docs/pods.md says how far that goes.
 """
 
 from __future__ import annotations

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import time
 from dataclasses import replace
 
 from launch.fit import check_fit, on_slices
-from launch.fit_compile import cache_path
+from launch.fit_compile import cache_path, say
 from launch.slices import Slice
 from moe_jax.config import CheckpointConfig, DataConfig, GuardConfig, RunConfig
 from moe_jax.errors import UserError
@@ -23,18 +22,18 @@ def fit_first(cfg: RunConfig, kind: Slice, slices: int, which: str) -> float | N
         UserError: the step does not fit, or cannot be cut over these slices.
     """
     if importlib.util.find_spec("libtpu") is None:
-        _say(f"{cfg.stage}: whether it fits is not known without libtpu: pip install -r requirements/tpu.txt")
+        say(f"{cfg.stage}: whether it fits is not known without libtpu: pip install -r requirements/tpu.txt")
         return None
     cfg, start = _step_alone(cfg), time.monotonic()
     if not (kept := cache_path(on_slices(cfg, slices), kind, slices).exists()):
         where = f"{slices} x {kind.family}:{kind.topology}"
-        _say(f"{cfg.stage} ({which}): compiling for {where}, which takes a minute or two; --no-fit leaves it out")
+        say(f"{cfg.stage} ({which}): compiling for {where}, which takes a minute or two; --no-fit leaves it out")
     try:
         rate = check_fit(cfg, kind, slices)
     except UserError as error:
         raise UserError(f"{error}; --no-fit starts it all the same") from None
     if not kept:
-        _say(f"{cfg.stage} fits, compiled in {time.monotonic() - start:.0f} s; the answer is kept")
+        say(f"{cfg.stage} fits, compiled in {time.monotonic() - start:.0f} s; the answer is kept")
     return rate
 
 
@@ -44,7 +43,3 @@ def _step_alone(cfg: RunConfig) -> RunConfig:
     return replace(
         cfg, data=data, checkpoint=CheckpointConfig(), guard=GuardConfig(), seed=0, init_from="", log_every=1
     )
-
-
-def _say(text: str) -> None:
-    print(f"# {text}", file=sys.stderr, flush=True)

@@ -57,7 +57,7 @@ def tokenize(stages: Sequence[tuple[DataConfig, Tokenizer]]) -> Iterator[str]:
     for config, tokenizer in stages:
         for source in (*config.sources, *config.heldout):
             found = put_tokens(source, tokenizer, config.max_bytes, config.cache_dir)
-            what = f"{len(found):,} documents, {len(found.tokens):,} tokens" if found else "all there"
+            what = f"{len(found):,} documents, {len(found.tokens):,} tokens" if found is not None else "all there"
             yield f"{source.path}: {what} in {config.cache_dir}"
 
 

@@ -71,7 +71,7 @@ def source_files(path: str) -> list[SourceFile]:
 
 
 def contents(path: str) -> list[list]:
-    """[path, bytes, sha256 or generation] of each file behind a source, alike on all machines that have it."""
+    """[path, bytes, sha256 or generation] of each file behind a source, alike on all machines with it there."""
     if path in _STDLIB:
         return [[path, *corpus.stdlib_digest(_STDLIB[path][1])]]
     return [
